@@ -1,0 +1,84 @@
+"""Calibrate ONNX models for quantization: OCTAV and friends, written back as QDQ models.
+
+    from calib import Rules, Widths, calibrate_model
+
+    result = calibrate_model("model.onnx", "calib.npz", Rules(widths=Widths(4, 4)))
+    print(result.output, result.comparison.output_sqnr_db)
+
+Names are loaded when they are first used, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calib.calibration import calibrate as calibrate
+    from calib.calibrators import Calibrator as Calibrator
+    from calib.comparison import Comparison as Comparison
+    from calib.comparison import evaluate as evaluate
+    from calib.data import open_data as open_data
+    from calib.distribution import Distribution as Distribution
+    from calib.distribution import Histogram as Histogram
+    from calib.distribution import Samples as Samples
+    from calib.errors import CalibError as CalibError
+    from calib.graph import Model as Model
+    from calib.graph import load_model as load_model
+    from calib.observations import Observations as Observations
+    from calib.observations import observe as observe
+    from calib.pipeline import Calibration as Calibration
+    from calib.pipeline import Run as Run
+    from calib.pipeline import calibrate_model as calibrate_model
+    from calib.qtypes import QuantType as QuantType
+    from calib.table import CalibrationTable as CalibrationTable
+    from calib.targets import Reduction as Reduction
+    from calib.targets import Rules as Rules
+    from calib.targets import Selection as Selection
+    from calib.targets import Widths as Widths
+    from calib.targets import make_plan as make_plan
+    from calib.verification import verify as verify
+    from calib.write import write_qdq as write_qdq
+
+_HOME = {
+    "calibrate": "calibration",
+    "Calibrator": "calibrators",
+    "open_data": "data",
+    "Distribution": "distribution",
+    "Histogram": "distribution",
+    "Samples": "distribution",
+    "CalibError": "errors",
+    "Comparison": "comparison",
+    "evaluate": "comparison",
+    "Model": "graph",
+    "load_model": "graph",
+    "Observations": "observations",
+    "observe": "observations",
+    "Calibration": "pipeline",
+    "Run": "pipeline",
+    "calibrate_model": "pipeline",
+    "QuantType": "qtypes",
+    "CalibrationTable": "table",
+    "Reduction": "targets",
+    "Rules": "targets",
+    "Selection": "targets",
+    "Widths": "targets",
+    "make_plan": "targets",
+    "verify": "verification",
+    "write_qdq": "write",
+}
+
+__all__ = [*_HOME]  # noqa: PLE0604 - the keys are strings, which ruff cannot see
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("octav-calibrate")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]
