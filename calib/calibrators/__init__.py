@@ -1,0 +1,173 @@
+"""Calibrators: from a distribution to thresholds, by name and by entry point.
+
+A calibrator is any callable ``(dist, qtype, /) -> (G,)``. The built-in ones are frozen
+dataclasses whose fields are their parameters. Third parties add theirs, never replace one of
+ours, by an entry point in the group ``octav_calibrate.calibrators`` that names such a class, or
+a plain function where there are no parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from calib.calibrators.entropy import Entropy
+from calib.calibrators.max import Max
+from calib.calibrators.mse import Mse
+from calib.calibrators.octav import Octav
+from calib.calibrators.percentile import Percentile
+from calib.distribution import Distribution, Floats
+from calib.errors import CalibError, CalibratorError, OptionError, one_line
+from calib.qtypes import QuantType
+
+ENTRY_POINT_GROUP = "octav_calibrate.calibrators"
+
+_BUILT_IN: dict[str, type] = {
+    "octav": Octav,
+    "percentile": Percentile,
+    "mse": Mse,
+    "max": Max,
+    "entropy": Entropy,
+}
+
+
+class Calibrator(Protocol):
+    """Distribution → thresholds, pure: no files, no state, no tensor values."""
+
+    def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
+        """One threshold per group, float64 ``(G,)``, positive and at most ``max|x|``.
+
+        0 says that none can be given: the caller then takes ``max|x|`` and notes it.
+        """
+
+
+def names() -> tuple[str, ...]:
+    """The calibrators that `make` knows, built-in first; plug-ins are not imported for this.
+
+    Raises:
+        CalibratorError: if two distributions claim one name, or one claims a built-in's.
+    """
+    return (*_BUILT_IN, *sorted(_plugins()))
+
+
+def make(spec: str) -> Calibrator:
+    """The calibrator that ``spec`` names: ``name``, ``name:value`` or ``name:field=value,…``.
+
+    A bare value sets the calibrator's first field: ``percentile:99.9``, ``mse:200``,
+    ``octav:kappa=paper,iterations=10``.
+
+    Raises:
+        CalibratorError: for an unknown name, or a plug-in that cannot be loaded.
+        OptionError: for a parameter that the calibrator does not have or does not accept.
+    """
+    name, _, parameters = spec.partition(":")
+    factory = _BUILT_IN.get(name) or _load_plugin(name)
+    if not isinstance(factory, type):
+        if parameters:
+            raise OptionError(f"{name} takes no parameters, got {parameters!r} in {spec!r}")
+        return cast(Calibrator, factory)
+    return cast(Calibrator, factory(**_parse(factory, spec, parameters)))
+
+
+def thresholds(
+    calibrator: Calibrator, dist: Distribution, qtype: QuantType
+) -> tuple[Floats, tuple[str, ...]]:
+    """What ``calibrator`` says, made safe to write: float64 ``(G,)``, all positive, and notes.
+
+    An all-zero group has no scale, and gets 1; a 0 for any other group becomes its maximum;
+    a threshold above the maximum becomes the maximum. Each of these is noted.
+
+    Raises:
+        CalibratorError: if the calibrator raises, or returns a wrong shape, NaN or a negative.
+    """
+    try:
+        answer = np.asarray(calibrator(dist, qtype), np.float64)
+    except CalibError:
+        raise
+    except Exception as error:
+        raise CalibratorError(f"{calibrator!r} failed: {one_line(error)}") from error
+    largest = dist.max_abs()
+    if answer.shape != (dist.groups,):
+        raise CalibratorError(
+            f"{calibrator!r} returned shape {answer.shape}, it must be ({dist.groups},)"
+        )
+    if not (np.isfinite(answer).all() and (answer >= 0).all()):
+        raise CalibratorError(f"{calibrator!r} returned NaN, infinity or a negative threshold")
+    zero = largest == 0
+    missing = (answer == 0) & ~zero
+    above = (answer > largest * (1 + 1e-9)) & ~zero
+    notes = tuple(
+        f"{_how_many(flags)} {text}"
+        for flags, text in (
+            (zero, "all zero: no threshold exists, 1 is used"),
+            (missing, "the calibrator found no threshold: the maximum is used"),
+            (above, "the calibrator's threshold is above the maximum: the maximum is used"),
+        )
+        if flags.any()
+    )
+    answer = np.where(missing, largest, np.minimum(answer, largest))
+    return np.where(zero, 1.0, answer), notes
+
+
+def _how_many(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> str:
+    return "" if flags.size == 1 else f"{int(flags.sum())} of {flags.size} channels:"
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        clash = found.get(entry_point.name)
+        if clash is not None and clash.value == entry_point.value:
+            continue  # one distribution, seen twice on the path
+        if entry_point.name in _BUILT_IN or clash is not None:
+            other = "octav-calibrate itself" if clash is None else _distribution(clash)
+            raise CalibratorError(
+                f"calibrator {entry_point.name!r} is offered by {_distribution(entry_point)} and "
+                f"by {other}: rename one, or uninstall it"
+            )
+        found[entry_point.name] = entry_point
+    return found
+
+
+def _distribution(entry_point: EntryPoint) -> str:
+    return entry_point.dist.name if entry_point.dist else entry_point.value
+
+
+def _load_plugin(name: str) -> Callable[..., object]:
+    entry_point = _plugins().get(name)
+    if entry_point is None:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise CalibratorError(
+            f"No calibrator named {name!r}.{hint} Available: {', '.join(names())}"
+        )
+    try:
+        return cast(Callable[..., object], entry_point.load())
+    except Exception as error:
+        raise CalibratorError(
+            f"calibrator {name!r} of {_distribution(entry_point)} cannot be loaded: "
+            f"{one_line(error)}"
+        ) from error
+
+
+def _parse(factory: type, spec: str, parameters: str) -> dict[str, object]:
+    fields = {f.name: f for f in dataclasses.fields(factory)} if parameters else {}
+    values: dict[str, object] = {}
+    for position, item in enumerate(parameters.split(",") if parameters else ()):
+        key, equals, text = item.partition("=")
+        if not equals:
+            key, text = (next(iter(fields), ""), item) if position == 0 else (item, "")
+        if key not in fields:
+            allowed = ", ".join(fields) or "none"
+            raise OptionError(f"{spec}: no parameter {key!r}; allowed: {allowed}")
+        kind: type = type(fields[key].default)
+        try:
+            values[key] = kind(text.strip())
+        except ValueError:
+            raise OptionError(f"{spec}: {key} must be {kind.__name__}, got {text!r}") from None
+    return values
