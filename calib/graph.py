@@ -1,0 +1,256 @@
+"""Read and check an ONNX model, and list the uses of tensors that could be quantized."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from calib.errors import ModelError, one_line
+from calib.granularity import Granularity, PerChannel, PerTensor
+from calib.prepare import QUANTIZABLE_OPS, prepare
+
+Kind = Literal["weight", "activation"]
+
+# Other operators that multiply weights, or two activations: named when they stay float.
+_UNSUPPORTED_OPS = ("Attention", "Einsum", "GRU", "LSTM", "RNN", "DeformConv", "ConvInteger")
+
+
+@dataclass(frozen=True, slots=True)
+class ValueSpec:
+    """An input or output of the model. ``shape`` is None where not even the rank is known; an
+    axis is a number, a symbol, or None. ``dtype`` is the NumPy one."""
+
+    name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One input of a node, read from a tensor that could be quantized.
+
+    Attributes:
+        edge: the node is a weighted layer with none before it, or none behind it.
+        granularity: one group for each output channel of the node, for weights that have them.
+    """
+
+    tensor: str
+    kind: Kind
+    node: str
+    op_type: str
+    edge: bool
+    granularity: Granularity
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A node or tensor that stays float, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model ready to be quantized: BatchNormalization folded, every node and value named.
+
+    Attributes:
+        path: the file it came from, never written to.
+        sha256: digest of that file and of its external data, hex.
+        n_bytes: their size.
+        ir: the prepared graph. Not to be changed: `write_qdq` works on a clone.
+        notes: what preparing changed.
+    """
+
+    path: Path
+    sha256: str
+    n_bytes: int
+    ir: ir.Model
+    notes: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[ValueSpec, ...]:
+        """What the model must be fed."""
+        return tuple(map(_value_spec, self.ir.graph.inputs))
+
+    @property
+    def outputs(self) -> tuple[ValueSpec, ...]:
+        """What the model returns."""
+        return tuple(map(_value_spec, self.ir.graph.outputs))
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """The initializer ``name`` as an array, any shape, possibly read-only."""
+        tensor = self.ir.graph.initializers[name].const_value
+        assert tensor is not None
+        return tensor.numpy()
+
+
+def load_model(path: str | Path) -> Model:
+    """The model at ``path``, checked and prepared.
+
+    Raises:
+        ModelError: if the file is missing, unreadable, not ONNX, or fails ``onnx.checker``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    try:
+        onnx.checker.check_model(str(path))
+        model = ir.load(path)
+        files = [path, *_external_files(model, path)]
+        digest, n_bytes = _digest(files)
+        notes = prepare(model)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
+    except Exception as error:  # protobuf, checker and passes each raise types of their own
+        raise ModelError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
+    return Model(path, digest, n_bytes, model, notes)
+
+
+def quantizable_uses(model: Model) -> tuple[tuple[Use, ...], tuple[Skipped, ...]]:
+    """Every use of a float32 tensor that QDQ could stand before, in graph order, and what
+    multiplies but must stay float."""
+    edges = _edge_nodes(model.ir.graph)
+    uses: list[Use] = []
+    skipped: list[Skipped] = []
+    for node in model.ir.graph:
+        if node.op_type in QUANTIZABLE_OPS and node.domain == "":
+            for position in (0, 1):
+                reason = _obstacle(node, position)
+                if reason:
+                    skipped.append(Skipped(f"{node.name}[{position}]", reason))
+                else:
+                    uses.append(_use(node, position, node in edges))
+        elif node.op_type in _UNSUPPORTED_OPS or (node.domain != "" and _has_weight(node)):
+            skipped.append(Skipped(str(node.name), f"{node.op_type} is not supported"))
+    skipped.extend(_inside_subgraphs(model.ir.graph))
+    return tuple(uses), tuple(skipped)
+
+
+def _use(node: ir.Node, position: int, edge: bool) -> Use:
+    value = node.inputs[position]
+    assert value is not None
+    assert value.name is not None
+    assert node.name is not None
+    kind: Kind = "weight" if value.is_initializer() else "activation"
+    granularity: Granularity = PerTensor()
+    if kind == "weight":
+        axis = _channel_axis(node, position, len(value.shape or ()))
+        granularity = PerTensor() if axis is None else PerChannel(axis)
+    return Use(value.name, kind, node.name, node.op_type, edge, granularity)
+
+
+def _obstacle(node: ir.Node, position: int) -> str | None:
+    value = node.inputs[position]
+    assert value is not None
+    dtype = _float_type(node, position)
+    if dtype is not ir.DataType.FLOAT:
+        found = dtype.name.lower() if dtype else "of unknown type"
+        return f"{value.name!r} is {found}, not float32"
+    producer = value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return f"{value.name!r} is quantized already"
+    if value.is_initializer() and value.const_value is not None and value.const_value.size == 0:
+        return f"{value.name!r} is empty"
+    return None
+
+
+def _float_type(node: ir.Node, position: int) -> ir.DataType | None:
+    """The type of an input; both operands have the same, should inference not reach one."""
+    for value in (node.inputs[position], node.inputs[1 - position], node.outputs[0]):
+        if value is not None and value.dtype is not None:
+            return value.dtype
+    return None
+
+
+def _channel_axis(node: ir.Node, position: int, rank: int) -> int | None:
+    """The axis of a weight that runs over the output channels of its node; None if none does."""
+    if node.op_type in ("Conv", "ConvTranspose"):
+        axis = {"Conv": 0, "ConvTranspose": 1}[node.op_type]
+        return axis if position == 1 else None
+    if node.op_type == "Gemm":
+        transposed = node.attributes.get_int("transB" if position else "transA", 0)
+        return int(bool(transposed) != bool(position))
+    if rank < 2:
+        return None
+    return rank - 1 if position else rank - 2
+
+
+def _edge_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """Weighted layers that no other weighted layer precedes, or that none follows."""
+    nodes = list(graph)
+    weighted = {n for n in nodes if n.op_type in QUANTIZABLE_OPS and _has_weight(n)}
+    preceded: set[ir.Node] = set()
+    followed: set[ir.Node] = set()
+    for node in nodes:
+        if any(p in preceded or p in weighted for p in _sources(node)):
+            preceded.add(node)
+    for node in reversed(nodes):
+        if node in followed or node in weighted:
+            followed.update(_sources(node))
+    return {n for n in weighted if n not in preceded or n not in followed}
+
+
+def _sources(node: ir.Node) -> Iterator[ir.Node]:
+    """Nodes whose outputs ``node``, or a subgraph of it, reads."""
+    inner = (n for a in node.attributes.values() for g in _graphs(a) for n in g.all_nodes())
+    for reader in (node, *inner):
+        for value in reader.inputs:
+            producer = value.producer() if value is not None else None
+            if producer is not None and producer.graph is node.graph:
+                yield producer
+
+
+def _graphs(attribute: ir.Attr) -> tuple[ir.Graph, ...]:
+    if attribute.type == ir.AttributeType.GRAPH:
+        return (attribute.as_graph(),)
+    return tuple(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else ()
+
+
+def _inside_subgraphs(graph: ir.Graph) -> Iterator[Skipped]:
+    for outer in graph:
+        for attribute in outer.attributes.values():
+            for subgraph in _graphs(attribute):
+                for node in subgraph.all_nodes():
+                    if node.op_type in QUANTIZABLE_OPS and node.domain == "":
+                        yield Skipped(str(node.name), f"inside a subgraph of {outer.name!r}")
+
+
+def _has_weight(node: ir.Node) -> bool:
+    return any(
+        v is not None and v.is_initializer() and len(v.shape or ()) > 1 for v in node.inputs[:2]
+    )
+
+
+def _value_spec(value: ir.Value) -> ValueSpec:
+    if value.dtype is None or value.dtype is ir.DataType.STRING:
+        raise ModelError(f"{value.name!r}: only tensors of numbers can be fed, got {value.type}")
+    shape = None
+    if value.shape is not None:
+        shape = tuple(d if isinstance(d, int) else d.value for d in value.shape.dims)
+    return ValueSpec(str(value.name), value.dtype.numpy(), shape)
+
+
+def _external_files(model: ir.Model, path: Path) -> list[Path]:
+    tensors = (v.const_value for v in model.graph.initializers.values())
+    locations = {t.location for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return [path.parent / location for location in sorted(map(str, locations))]
+
+
+def _digest(files: list[Path]) -> tuple[str, int]:
+    digest = hashlib.sha256()
+    n_bytes = 0
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                n_bytes += len(block)
+    return digest.hexdigest(), n_bytes
