@@ -1,0 +1,170 @@
+"""Calibration data: batches from files, from iterables, or made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from calib.arrays import LABELS, Array, Arrays, Batch, check_shape, listed, open_file
+from calib.errors import DataError
+from calib.graph import Model, ValueSpec
+
+_FREE_AXIS = 32
+_N_SYNTHETIC = 64
+
+
+class Data(Protocol):
+    """Calibration data: an iterable of batches with a few facts about it."""
+
+    @property
+    def n_samples(self) -> int | None:
+        """How many samples there are; None where only a pass can tell."""
+
+    @property
+    def multiple(self) -> int:
+        """The batch size that the model fixes: samples come in multiples of it. Otherwise 1."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about it."""
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Batches of the samples from ``start`` to before ``stop``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Data from an iterable of batches: dictionaries, single arrays, or tuples in the order of
+    the model's inputs, with the labels behind them; or an onnxruntime CalibrationDataReader.
+
+    What can be iterated once only (a generator, a reader) can be calibrated on; comparing the
+    models then uses its first batch.
+    """
+
+    source: Any
+    inputs: tuple[ValueSpec, ...]
+    n_samples: None = None
+    multiple: int = 1
+    notes: tuple[str, ...] = ()
+
+    @property
+    def once_only(self) -> bool:
+        """Whether a second pass would find nothing."""
+        return hasattr(self.source, "get_next") or iter(self.source) is self.source
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        if start:
+            raise DataError("samples of an iterable cannot be addressed: pass it whole")
+        seen = 0
+        for number, item in enumerate(_iterate(self.source)):
+            if stop is not None and seen >= stop:
+                return
+            batch = _as_batch(item, self.inputs, f"batch {number}")
+            seen += batch.n_samples
+            yield batch
+
+
+def open_data(model: Model, source: object, batch_size: int = 32, seed: int = 0) -> Data:
+    """Data that fits ``model``'s inputs.
+
+    Args:
+        model: names, types and shapes of the inputs are taken from it.
+        source: path of an ``.npz`` (arrays named after the inputs, and ``labels``) or of an
+            ``.npy`` (models with one input); an iterable of batches, see `Batches`; or None for
+            seeded synthetic values.
+        batch_size: samples a feed, where the model leaves that free.
+        seed: of the synthetic values.
+
+    Raises:
+        DataError: if the file is missing or unreadable, an array is missing, misnamed, of the
+            wrong type, or of a shape the model does not take, or there are no samples.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch-size must be at least 1, got {batch_size}")
+    fixed = _fixed_batch(model.inputs)
+    size = fixed or batch_size
+    if source is None:
+        return _synthetic(model.inputs, size, fixed, seed)
+    if not isinstance(source, str | Path):
+        if not isinstance(source, Iterable) and not hasattr(source, "get_next"):
+            raise DataError(f"data must be a path or an iterable of batches, got {source!r}")
+        return Batches(source, model.inputs)
+    return open_file(Path(source), model.inputs, size, fixed)
+
+
+def _fixed_batch(inputs: Sequence[ValueSpec]) -> int | None:
+    """The batch size that the model fixes; None where it is free."""
+    first = [spec.shape[0] for spec in inputs if spec.shape]
+    fixed = {d for d in first if isinstance(d, int)}
+    if len(fixed) > 1:
+        raise DataError(
+            f"the model's inputs have different fixed first axes {sorted(fixed)}: which of them "
+            f"counts samples cannot be told; feed an iterable of dictionaries from Python"
+        )
+    return fixed.pop() if fixed else None
+
+
+def _synthetic(inputs: Sequence[ValueSpec], size: int, fixed: int | None, seed: int) -> Arrays:
+    def reader(spec: ValueSpec, number: int) -> Callable[[int, int, int], Iterator[Array]]:
+        shape = [d if isinstance(d, int) else _FREE_AXIS for d in (spec.shape or (1,))[1:]]
+
+        def read(start: int, stop: int, size: int) -> Iterator[Array]:
+            for first in range(start, stop, size):
+                rng = np.random.default_rng((seed, number, first))
+                yield _random(rng, (min(size, stop - first), *shape), spec.dtype)
+
+        return read
+
+    n_samples = -(-_N_SYNTHETIC // size) * size
+    columns = {spec.name: reader(spec, number) for number, spec in enumerate(inputs)}
+    return Arrays(n_samples, size, columns, multiple=fixed or 1)
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    if dtype.kind == "f":
+        return rng.standard_normal(shape).astype(dtype)
+    # Indices, lengths and masks: 0 and 1 are valid almost everywhere.
+    return rng.integers(0, 2, shape).astype(dtype)
+
+
+def _iterate(source: Any) -> Iterator[Any]:
+    if hasattr(source, "get_next"):
+        return iter(source.get_next, None)
+    return iter(source)
+
+
+def _as_batch(item: Any, inputs: tuple[ValueSpec, ...], where: str) -> Batch:
+    labels = None
+    if isinstance(item, Mapping):
+        feed = {str(name): _as_array(value) for name, value in item.items()}
+        labels = feed.pop(LABELS, None) if LABELS not in {i.name for i in inputs} else None
+    else:
+        arrays = [_as_array(v) for v in (item if isinstance(item, tuple | list) else [item])]
+        if len(arrays) == len(inputs) + 1:
+            labels = arrays.pop()
+        if len(arrays) != len(inputs):
+            raise DataError(
+                f"{where}: {len(arrays)} arrays, the model has {len(inputs)} inputs: "
+                f"{listed(i.name for i in inputs)}"
+            )
+        feed = {spec.name: array for spec, array in zip(inputs, arrays, strict=True)}
+    missing = [i.name for i in inputs if i.name not in feed]
+    if missing:
+        raise DataError(f"{where}: no array for input {listed(missing)}; got {listed(feed)}")
+    for spec in inputs:
+        if feed[spec.name].dtype != spec.dtype:
+            raise DataError(
+                f"{where}: {spec.name!r} is {feed[spec.name].dtype}, the model takes {spec.dtype}"
+            )
+        check_shape(f"{where}: {spec.name!r}", feed[spec.name].shape, spec)
+    return Batch({spec.name: feed[spec.name] for spec in inputs}, labels)
+
+
+def _as_array(value: Any) -> Array:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    return np.asarray(value)
