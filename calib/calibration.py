@@ -1,0 +1,138 @@
+"""From what was observed to the calibration table. No files and no onnxruntime here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from calib.calibrators import Calibrator, make, thresholds
+from calib.counter import Counter
+from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
+from calib.errors import CalibError, ObservationsError
+from calib.granularity import to_groups
+from calib.graph import Model, Skipped
+from calib.observations import Observations
+from calib.qtypes import QuantType
+from calib.quantize import scale_from_threshold
+from calib.table import CalibrationTable, TensorRecord, decibels
+from calib.targets import Plan, Rules, TensorSpec
+
+
+def calibrate(
+    model: Model, observations: Observations, plan: Plan, rules: Rules
+) -> CalibrationTable:
+    """Thresholds for all tensors of ``plan``: weights from their values, activations from their
+    counters.
+
+    Raises:
+        ObservationsError: if an activation of the plan was not observed, or the counters of
+            single batches that ``rules.reduction`` needs were not kept.
+        CalibratorError: if a calibrator fails or returns nonsense; the tensor is named.
+    """
+    _check_observations(observations, plan, rules)
+    calibrators = {kind: make(rules.method_for(kind)) for kind in ("weight", "activation")}
+    records: list[TensorRecord] = []
+    skipped: list[Skipped] = []
+    for spec in plan.specs:
+        calibrator = calibrators[spec.kind]
+        try:
+            if spec.kind == "weight":
+                records.append(_weight_record(model, spec, calibrator))
+            elif observations.counters[spec.name].n_finite == 0:
+                skipped.append(Skipped(spec.name, "no value of it was seen in the data"))
+            else:
+                records.append(_activation_record(observations, spec, calibrator, rules))
+        except CalibError as error:
+            raise type(error)(f"{spec.name!r}: {error}") from error
+    return CalibrationTable(
+        model.sha256, observations.n_samples, tuple(records), (*plan.skipped, *skipped)
+    )
+
+
+def _check_observations(observations: Observations, plan: Plan, rules: Rules) -> None:
+    missing = [name for name in plan.activations if name not in observations.counters]
+    if missing:
+        raise ObservationsError(
+            f"activation {missing[0]!r} and {len(missing) - 1} others were not observed: "
+            f"observe again with the present --only, --exclude and --op-types"
+        )
+    if len(observations.batches) < min(rules.reduction.kept_batches, 1):
+        raise ObservationsError(
+            "the observations keep no counters of single batches, which reduce=mean needs: "
+            "observe again with it"
+        )
+
+
+def _weight_record(model: Model, spec: TensorSpec, calibrator: Calibrator) -> TensorRecord:
+    values = to_groups(model.weight(spec.name), spec.granularity)
+    dist = Samples(values)
+    qtype = QuantType(spec.bits, signed=True, narrow=True)
+    threshold, notes = thresholds(calibrator, dist, qtype)
+    return _record(spec, qtype, dist, threshold, notes)
+
+
+def _activation_record(
+    observations: Observations, spec: TensorSpec, calibrator: Calibrator, rules: Rules
+) -> TensorRecord:
+    dist = Histogram(observations.counters[spec.name])
+    qtype = QuantType(spec.bits, signed=dist.has_negative)
+    if rules.reduction.name == "pool":
+        threshold, notes = _histogram_threshold(calibrator, dist, qtype)
+    else:
+        batches = observations.batches[: rules.reduction.batches]
+        counters = [c for batch in batches if (c := batch[spec.name]).n_finite]
+        threshold, notes = _mean_threshold(calibrator, counters, qtype, dist)
+    if qtype.bits > HISTOGRAM_BITS:
+        notes = (*notes, "sqnr_db from the noise model: the counters are too coarse above 8 bits")
+    if observations.counters[spec.name].min == observations.counters[spec.name].max:
+        notes = (*notes, "constant: it held one value throughout")
+    return _record(spec, qtype, dist, threshold, notes)
+
+
+def _histogram_threshold(
+    calibrator: Calibrator, dist: Histogram, qtype: QuantType
+) -> tuple[Floats, tuple[str, ...]]:
+    threshold, notes = thresholds(calibrator, dist, qtype)
+    if qtype.bits > HISTOGRAM_BITS and dist.max_abs()[0] > 0:
+        threshold = dist.snap(threshold)
+    return threshold, notes
+
+
+def _mean_threshold(
+    calibrator: Calibrator, counters: list[Counter], qtype: QuantType, pooled: Histogram
+) -> tuple[Floats, tuple[str, ...]]:
+    """The mean over batches; those in which the tensor is all zero have no threshold to add."""
+    seen = [h for c in counters if (h := Histogram(c)).max_abs()[0] > 0]
+    if not seen:
+        return _histogram_threshold(calibrator, pooled, qtype)
+    answers = [_histogram_threshold(calibrator, dist, qtype) for dist in seen]
+    notes = tuple(dict.fromkeys(note for _, notes in answers for note in notes))
+    if len(seen) < len(counters):
+        notes = (*notes, f"all zero in {len(counters) - len(seen)} batches: left out of the mean")
+    return np.mean([threshold for threshold, _ in answers], axis=0), notes
+
+
+def _record(
+    spec: TensorSpec,
+    qtype: QuantType,
+    dist: Distribution,
+    threshold: Floats,
+    notes: tuple[str, ...],
+) -> TensorRecord:
+    count = dist.count()
+    noise = float((dist.mse(threshold, qtype) * count).sum())
+    signal = float((dist.rms() ** 2 * count).sum())
+    record = TensorRecord(
+        spec=spec,
+        qtype=qtype,
+        threshold=threshold,
+        scale=scale_from_threshold(threshold, qtype),
+        max_abs=float(dist.max_abs().max()),
+        count=int(count.sum()),
+        sqnr_db=decibels(signal, noise),
+        notes=(*spec.notes, *notes),
+    )
+    if record.sqnr_db is None and signal > 0:
+        record = replace(record, notes=(*record.notes, "no quantization error at all"))
+    return record

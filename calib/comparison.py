@@ -1,0 +1,135 @@
+"""The float model against the quantized one, on the same samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.arrays import Batch
+from calib.capture import Runtime, Session
+from calib.errors import DataError, VerificationError
+from calib.graph import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Top1:
+    """Share of samples, in percent, whose label has the largest output."""
+
+    float_model: float
+    quantized_model: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far the quantized model's outputs are from the float model's.
+
+    Attributes:
+        n_samples: how many samples it was measured on.
+        sqnr_db: for each floating-point output; infinite where nothing differs.
+        top1: None where the data has no labels, or the model no ``(samples, classes)`` output.
+    """
+
+    n_samples: int
+    sqnr_db: Mapping[str, float]
+    top1: Top1 | None
+
+    @property
+    def output_sqnr_db(self) -> float:
+        """The lowest SQNR of all outputs."""
+        return min(self.sqnr_db.values(), default=math.inf)
+
+
+@dataclass(slots=True)
+class Difference:
+    """Running sums that make an SQNR: of squares, and of squared differences."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: NDArray[Any], other: NDArray[Any]) -> None:
+        """Adds two arrays of the same shape."""
+        exact = reference.astype(np.float64)
+        self.signal += float(np.square(exact).sum())
+        self.noise += float(np.square(exact - other).sum())
+
+    @property
+    def sqnr_db(self) -> float:
+        """``10·log10(Σx²/Σ(x-x̂)²)``; infinite without noise, minus infinite without signal."""
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+
+
+@dataclass(slots=True)
+class _Hits:
+    """Running counts of right answers."""
+
+    n: int = 0
+    float_model: int = 0
+    quantized_model: int = 0
+
+    def top1(self) -> Top1 | None:
+        if self.n == 0:
+            return None
+        return Top1(100 * self.float_model / self.n, 100 * self.quantized_model / self.n)
+
+
+@dataclass(slots=True)
+class _Totals:
+    differences: dict[str, Difference] = field(default_factory=dict)
+    hits: _Hits = field(default_factory=_Hits)
+    n_samples: int = 0
+
+
+def evaluate(
+    model: Model,
+    quantized: Path,
+    batches: Iterable[Batch],
+    runtime: Runtime | None = None,
+) -> Comparison:
+    """Runs the original float model and the one at ``quantized`` over all batches, both at
+    onnxruntime's default level.
+
+    Raises:
+        VerificationError: if an output of the quantized model holds NaN.
+        DataError: if labels are not one for each sample.
+    """
+    sessions = Session(model.path, runtime), Session(quantized, runtime)
+    totals = _Totals()
+    for batch in batches:
+        expected, actual = (session.run(batch.feed) for session in sessions)
+        _add(totals, batch, expected, actual)
+    sqnr_db = {name: difference.sqnr_db for name, difference in totals.differences.items()}
+    return Comparison(totals.n_samples, sqnr_db, totals.hits.top1())
+
+
+def _add(
+    totals: _Totals,
+    batch: Batch,
+    expected: Mapping[str, NDArray[Any]],
+    actual: Mapping[str, NDArray[Any]],
+) -> None:
+    for name, reference in expected.items():
+        if reference.dtype.kind != "f":
+            continue
+        if np.isnan(actual[name]).any():
+            raise VerificationError(f"output {name!r} of the quantized model holds NaN")
+        totals.differences.setdefault(name, Difference()).add(reference, actual[name])
+    totals.n_samples += batch.n_samples
+    logits = next((n for n, a in expected.items() if a.dtype.kind == "f" and a.ndim == 2), None)
+    if batch.labels is None or logits is None:
+        return
+    if batch.labels.shape != expected[logits].shape[:1]:
+        raise DataError(
+            f"labels have shape {batch.labels.shape}, the model's {logits!r} "
+            f"{expected[logits].shape}: one label for each sample is needed"
+        )
+    totals.hits.n += len(batch.labels)
+    totals.hits.float_model += int((expected[logits].argmax(axis=1) == batch.labels).sum())
+    totals.hits.quantized_model += int((actual[logits].argmax(axis=1) == batch.labels).sum())

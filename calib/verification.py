@@ -1,0 +1,132 @@
+"""Check that a written model computes what its calibration table says, in onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from calib.arrays import Batch
+from calib.capture import Runtime, Session
+from calib.comparison import Difference
+from calib.errors import VerificationError, one_line
+from calib.graph import Model
+from calib.quantize import fake_quantize, quantize
+from calib.write import Quantized
+
+# Folding reorders float32 arithmetic; agreement beyond this is rounding noise, whatever the grid.
+_SAME_DB = 100.0
+_PREPARED_DB = 60.0
+_LEVEL_MARGIN_DB = 10.0
+
+Values = Mapping[str, NDArray[Any]]
+
+
+def verify(
+    model: Model,
+    quantized: Quantized,
+    path: Path,
+    batch: Batch,
+    runtime: Runtime | None = None,
+) -> None:
+    """Raises `VerificationError` unless the file at ``path`` holds what ``quantized`` is, and
+
+    - passes ``onnx.checker``, full check;
+    - stores exactly the integers that `calib.quantize` makes of the weights;
+    - runs in onnxruntime with graph optimisation off and at the default level, its outputs free
+      of NaN and every QDQ pair equal to `calib.quantize`, bit for bit, on ``batch``;
+    - gives outputs at the two levels that differ by 10 dB less than quantization itself does.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise VerificationError(f"onnx.checker rejects the model: {one_line(error)}") from error
+    _check_weights(model, quantized, ir.load(path))
+    expected = Session(model.path, runtime).run(batch.feed)
+    _check_prepared(expected, Session(model.ir, runtime).run(batch.feed))
+    pairs = [_check_pairs(quantized, path, batch, runtime, level) for level in (False, True)]
+    plain, optimized = (
+        Session(path, runtime, optimized=level).run(batch.feed) for level in (False, True)
+    )
+    _check_levels(expected, plain, optimized, _first_difference(*pairs))
+
+
+def _check_weights(model: Model, quantized: Quantized, written: ir.Model) -> None:
+    for record in quantized.table.records:
+        if record.spec.kind == "weight":
+            tensor = written.graph.initializers[quantized.stored[record.name]].const_value
+            assert tensor is not None
+            wanted = quantize(
+                model.weight(record.name), record.scale, record.qtype, record.spec.granularity
+            )
+            if not np.array_equal(tensor.numpy().astype(np.int32), wanted):
+                raise VerificationError(f"weight {record.name!r}: the written integers are wrong")
+
+
+def _check_pairs(
+    quantized: Quantized,
+    path: Path,
+    batch: Batch,
+    runtime: Runtime | None,
+    optimized: bool,
+) -> Values:
+    """Returns the dequantized activations, in graph order."""
+    records = [record for record in quantized.table.records if record.spec.kind == "activation"]
+    sources = [record.name for record in records]
+    pairs = [quantized.dequantized[name] for name in sources]
+    values = Session(path, runtime, optimized=optimized, values=[*sources, *pairs]).run(batch.feed)
+    for record in records:
+        source = values[record.name]
+        actual = values[quantized.dequantized[record.name]]
+        wanted = fake_quantize(source, record.scale, record.qtype, record.spec.granularity)
+        if not np.array_equal(actual, wanted):
+            raise VerificationError(
+                f"activation {record.name!r}: its QDQ pair differs from the NumPy oracle in "
+                f"{int((actual != wanted).sum())} of {actual.size} values, graph optimisation "
+                f"{'at the default level' if optimized else 'off'}"
+            )
+    return {name: values[quantized.dequantized[name]] for name in sources}
+
+
+def _check_prepared(expected: Values, prepared: Values) -> None:
+    for name in expected:
+        if (found := _sqnr_db(expected, prepared, name)) < _PREPARED_DB:
+            raise VerificationError(
+                f"folding BatchNormalization and constants changed output {name!r} "
+                f"(SQNR {found:.1f} dB, at least {_PREPARED_DB:.0f} needed): please report the "
+                f"model"
+            )
+
+
+def _check_levels(expected: Values, plain: Values, optimized: Values, first: str) -> None:
+    for name, values in plain.items():
+        if values.dtype.kind != "f":
+            continue
+        if np.isnan(values).any() or np.isnan(optimized[name]).any():
+            raise VerificationError(f"output {name!r} of the quantized model holds NaN")
+        needed = min(_sqnr_db(expected, plain, name) + _LEVEL_MARGIN_DB, _SAME_DB)
+        if (found := _sqnr_db(plain, optimized, name)) < needed:
+            raise VerificationError(
+                f"onnxruntime's default level changes output {name!r}: SQNR {found:.1f} dB "
+                f"against optimisation off, at least {needed:.1f} needed; {first}"
+            )
+
+
+def _first_difference(plain: Values, optimized: Values) -> str:
+    for name, values in plain.items():
+        if not np.array_equal(values, optimized[name]):
+            return f"the first tensor that differs is {name!r}"
+    return "no quantized tensor differs, only what is computed from them"
+
+
+def _sqnr_db(reference: Values, other: Values, name: str) -> float:
+    if reference[name].dtype.kind != "f":
+        return _SAME_DB if np.array_equal(reference[name], other[name]) else 0.0
+    difference = Difference()
+    difference.add(reference[name], other[name])
+    return difference.sqnr_db
