@@ -1,0 +1,38 @@
+"""What every command shares: one-line errors, exit codes, logging."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+import click
+
+from calib.errors import CalibError, one_line
+
+BAD_INPUT = 2
+_INTERRUPTED = 130
+
+
+def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
+    """Runs ``command`` and returns its exit code: 0 done, 1 a gate not met, 2 bad input."""
+    try:
+        code = command.main(args=arguments, prog_name=name, standalone_mode=False)
+    except (click.ClickException, CalibError) as error:
+        text = error.format_message() if isinstance(error, click.ClickException) else error
+        print(f"{name}: error: {one_line(text)}", file=sys.stderr)
+        return BAD_INPUT
+    except (click.Abort, KeyboardInterrupt):
+        print(f"{name}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def set_verbosity(verbose: bool) -> None:
+    """Log records and Python warnings of libraries reach the user only when asked for."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+        return
+    logging.getLogger().addHandler(logging.NullHandler())
+    warnings.simplefilter("ignore")

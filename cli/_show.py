@@ -1,0 +1,132 @@
+"""Results on the terminal: short tables, a progress bar, warnings that stand out."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from calib.graph import Skipped
+    from calib.pipeline import Calibration
+    from calib.targets import Plan, Rules
+
+_PIPE_WIDTH = 160
+_FEW = 5
+
+
+def show_calibration(result: Calibration, verbose: bool) -> None:
+    """What was done, how large it is, how good it is."""
+    console = _console()
+    if verbose:
+        console.print(_records_table(result))
+    comparison, (before, after) = result.comparison, result.n_bytes
+    n_samples = comparison.n_samples
+    unseen = f"{n_samples} samples that calibration did not see"
+    seen = unseen if result.held_out else f"{n_samples} of the calibration samples"
+    rows = [
+        ("model", str(result.output)),
+        ("quantized", _census(result)),
+        ("kept float", _skipped_text(result.table.skipped)),
+        ("size", f"{_kilobytes(before)} → {_kilobytes(after)} ({after / before:.0%})"),
+        ("output SQNR", f"{comparison.output_sqnr_db:.1f} dB on {seen}"),
+    ]
+    if comparison.top1 is not None:
+        top1 = comparison.top1
+        rows.append(
+            ("top-1", f"float {top1.float_model:.2f} %, quantized {top1.quantized_model:.2f} %")
+        )
+    stages = ", ".join(f"{stage} {s:.1f}" for stage, s in result.seconds.items())
+    rows.append(("seconds", stages))
+    rows.extend(("note", note) for note in result.notes)
+    console.print(_pairs(rows))
+
+
+def show_plan(plan: Plan, rules: Rules) -> None:
+    """What would be quantized, how, and what not."""
+    table = Table("tensor", "kind", "bits", "granularity", "method", "read by", box=None)
+    for spec in plan.specs:
+        method = rules.method_for(spec.kind)
+        cells = [spec.name, spec.kind, str(spec.bits), str(spec.granularity), method]
+        table.add_row(*map(escape, [*cells, ", ".join(spec.consumers)]))
+    console = _console()
+    console.print(table)
+    for skipped in plan.skipped:
+        console.print(f"kept float: {escape(skipped.name)}: {escape(skipped.reason)}")
+
+
+def show_warnings(warnings: Iterable[str]) -> None:
+    """On stderr, whatever else is quiet."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for warning in warnings:
+        console.print(f"[bold red]WARNING:[/] {escape(warning)}")
+
+
+@contextmanager
+def progress_bar(stage: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar with an ETA on a terminal's stderr; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda _n: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples, left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(stage, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for label, text in rows:
+        table.add_row(f"[bold]{label}[/]", escape(text))
+    return table
+
+
+def _census(result: Calibration) -> str:
+    parts = []
+    for kind in ("weight", "activation"):
+        records = [r for r in result.table.records if r.spec.kind == kind]
+        widths = Counter(r.qtype.bits for r in records)
+        detail = ", ".join(f"{n} at {bits} bits" for bits, n in sorted(widths.items()))
+        parts.append(f"{len(records)} {kind}s" + (f" ({detail})" if records else ""))
+    return ", ".join(parts)
+
+
+def _skipped_text(skipped: tuple[Skipped, ...]) -> str:
+    if not skipped:
+        return "nothing that could be quantized"
+    lines = [f"{s.name}: {s.reason}" for s in skipped[:_FEW]]
+    if len(skipped) > _FEW:
+        lines.append(f"and {len(skipped) - _FEW} more, see --summary")
+    return "\n".join(lines)
+
+
+def _records_table(result: Calibration) -> Table:
+    table = Table("tensor", "type", "granularity", "threshold", "SQNR dB", "notes", box=None)
+    for record in result.table.records:
+        low, high = record.threshold.min(), record.threshold.max()
+        span = f"{low:.4g}" if low == high else f"{low:.4g} … {high:.4g}"
+        sqnr = "" if record.sqnr_db is None else f"{record.sqnr_db:.1f}"
+        cells = [record.name, str(record.qtype), str(record.spec.granularity), span, sqnr]
+        table.add_row(*map(escape, [*cells, "; ".join(record.notes)]))
+    return table
+
+
+def _kilobytes(n: int) -> str:
+    return f"{n / 1000:,.0f} kB"
