@@ -1,0 +1,261 @@
+"""The samples: the committed digits model and data, the script that made them, the fixtures."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort  # type: ignore[import-untyped,unused-ignore]
+import pytest
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = ROOT / "samples"
+DIGITS = SAMPLES / "digits"
+FIXTURES = Path(os.environ.get("OCTAV_FIXTURES") or ROOT.parent / "shared" / "fixtures")
+N_CALIBRATION = 256
+N_TEST = 540
+
+needs_fixtures = pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason=f"no fixtures at {FIXTURES} (environment variable OCTAV_FIXTURES)"
+)
+
+
+def run_script(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def predict(model: Path, images: NDArray[np.generic]) -> NDArray[np.int64]:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    batches = [images[start : start + 100] for start in range(0, len(images), 100)]
+    logits = [np.asarray(session.run(None, {name: batch})[0]) for batch in batches]
+    predicted: NDArray[np.int64] = np.concatenate(logits).argmax(1).astype(np.int64)
+    return predicted
+
+
+def interface(model: onnx.ModelProto) -> list[tuple[str, int, list[str | int]]]:
+    values = [*model.graph.input, *model.graph.output]
+    return [
+        (
+            value.name,
+            value.type.tensor_type.elem_type,
+            [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim],
+        )
+        for value in values
+    ]
+
+
+def nodes_of(model: onnx.ModelProto) -> list[tuple[str, str]]:
+    return [(node.op_type, node.name) for node in model.graph.node]
+
+
+# --- digits -----------------------------------------------------------------------------------
+
+
+def test_the_digits_model_passes_the_full_onnx_check() -> None:
+    onnx.checker.check_model(str(DIGITS / "digits.onnx"), full_check=True)
+
+
+def test_the_digits_model_takes_any_batch_of_images_and_gives_ten_logits() -> None:
+    model = onnx.load(DIGITS / "digits.onnx")
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
+    assert interface(model) == [
+        ("image", onnx.TensorProto.FLOAT, ["N", 1, 8, 8]),
+        ("logits", onnx.TensorProto.FLOAT, ["N", 10]),
+    ]
+
+
+def test_the_digits_model_keeps_batch_normalisation_and_has_a_residual_add() -> None:
+    model = onnx.load(DIGITS / "digits.onnx")
+    operators = [node.op_type for node in model.graph.node]
+    assert {"Conv", "BatchNormalization", "Relu", "Add", "Gemm"} <= set(operators)
+    assert operators.count("BatchNormalization") == operators.count("Conv")
+
+
+def test_every_node_of_the_digits_model_has_a_name_of_its_own() -> None:
+    names = [node.name for node in onnx.load(DIGITS / "digits.onnx").graph.node]
+    assert all(names)
+    assert len(set(names)) == len(names)
+
+
+def test_the_digits_data_holds_calibration_images_then_the_test_images() -> None:
+    arrays = load_arrays(DIGITS / "digits.npz")
+    assert set(arrays) == {"image", "labels"}
+    image, labels = arrays["image"], arrays["labels"]
+    assert image.shape == (N_CALIBRATION + N_TEST, 1, 8, 8)
+    assert image.dtype == np.dtype(np.float32)
+    assert labels.shape == (N_CALIBRATION + N_TEST,)
+    assert labels.dtype == np.dtype(np.int64)
+    assert (float(np.min(image)), float(np.max(image))) == (0.0, 1.0)
+    assert np.bincount(labels[N_CALIBRATION:]).min() >= 50
+
+
+def test_no_calibration_image_of_the_digits_is_a_test_image() -> None:
+    image = load_arrays(DIGITS / "digits.npz")["image"]
+    calibration = {one.tobytes() for one in image[:N_CALIBRATION]}
+    assert not calibration & {one.tobytes() for one in image[N_CALIBRATION:]}
+
+
+def test_the_digits_model_reads_at_least_97_percent_of_the_test_images() -> None:
+    arrays = load_arrays(DIGITS / "digits.npz")
+    predicted = predict(DIGITS / "digits.onnx", arrays["image"][N_CALIBRATION:])
+    assert np.mean(predicted == arrays["labels"][N_CALIBRATION:]) >= 0.97
+
+
+def test_the_digits_files_are_small_enough_to_live_in_the_repository() -> None:
+    assert (DIGITS / "digits.onnx").stat().st_size < 250_000
+    assert (DIGITS / "digits.npz").stat().st_size < 150_000
+
+
+def test_the_training_script_makes_the_same_model_graph_and_the_same_data(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    done = run_script(DIGITS / "train.py", "--epochs", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    made, committed = (onnx.load(folder / "digits.onnx") for folder in (tmp_path, DIGITS))
+    onnx.checker.check_model(made, full_check=True)
+    assert interface(made) == interface(committed)
+    assert nodes_of(made) == nodes_of(committed)
+    arrays, expected = (load_arrays(folder / "digits.npz") for folder in (tmp_path, DIGITS))
+    for name in ("image", "labels"):
+        np.testing.assert_array_equal(arrays[name], expected[name])
+
+    # torch printed this accuracy, onnxruntime must find it in the exported graph.
+    printed = re.search(r"float test accuracy: ([\d.]+)%", done.stdout)
+    assert printed is not None
+    predicted = predict(tmp_path / "digits.onnx", arrays["image"][N_CALIBRATION:])
+    found = 100 * np.mean(predicted == arrays["labels"][N_CALIBRATION:])
+    assert found == pytest.approx(float(printed[1]), abs=100 / N_TEST + 0.005)
+    assert found > 20
+
+
+def test_the_training_script_says_what_to_install_when_torch_is_missing(tmp_path: Path) -> None:
+    # None in sys.modules makes the import fail as it does where the package is absent.
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        f"runpy.run_path({str(DIGITS / 'train.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "train.py needs torch, which is not installed: pip install octav-calibrate[samples]"
+    ]
+
+
+# --- fixtures ---------------------------------------------------------------------------------
+
+
+@needs_fixtures
+def test_the_resnet20_data_is_preprocessed_as_the_network_was_trained(tmp_path: Path) -> None:
+    out = tmp_path / "resnet20.npz"
+    arguments = ("--calib", 3, "--val", 200, "--fixtures", FIXTURES)
+    done = run_script(SAMPLES / "fixtures.py", "resnet20", out, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == [out]
+
+    arrays = load_arrays(out)
+    assert set(arrays) == {"input", "labels"}
+    images, labels = arrays["input"], arrays["labels"]
+    assert images.shape == (203, 3, 32, 32)
+    assert images.dtype == np.dtype(np.float32)
+    assert labels.shape == (203,)
+    assert labels.dtype == np.dtype(np.int64)
+
+    calibration, evaluation = (
+        load_arrays(FIXTURES / f"cifar10_{part}.npz") for part in ("calib", "val")
+    )
+    np.testing.assert_array_equal(labels[:3], calibration["labels"][:3])
+    np.testing.assert_array_equal(labels[3:], evaluation["labels"][:200])
+    constants = zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+    for channel, (mean, deviation) in enumerate(constants):
+        raw = evaluation["images"][7, :, :, channel].astype(np.float64)
+        expected = (raw / 255 - mean) / deviation
+        np.testing.assert_allclose(images[3 + 7, channel], expected, rtol=1e-5, atol=1e-6)
+
+    predicted = predict(FIXTURES / "resnet20_cifar10.onnx", images[3:])
+    assert np.mean(predicted == labels[3:]) > 0.8
+
+
+@needs_fixtures
+def test_the_mobilenet_data_is_cropped_resized_and_scaled(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    out = tmp_path / "mobilenet.npz"
+    arguments = ("--calib", 2, "--val", 60, "--fixtures", FIXTURES)
+    done = run_script(SAMPLES / "fixtures.py", "mobilenet", out, *arguments)
+    assert done.returncode == 0, done.stderr
+
+    arrays = load_arrays(out)
+    assert set(arrays) == {"t0", "labels"}
+    images, labels = arrays["t0"], arrays["labels"]
+    assert images.shape == (62, 3, 128, 128)
+    assert images.dtype == np.dtype(np.float32)
+    # One image per even class, sorted by name as by class: evaluation starts at the hundredth.
+    np.testing.assert_array_equal(labels, [0, 2, *range(200, 320, 2)])
+    assert labels.dtype == np.dtype(np.int64)
+    assert -1 <= float(np.min(images)) < -0.9
+    assert 0.9 < float(np.max(images)) <= 1
+
+    predicted = predict(FIXTURES / "mobilenet_v1_025_128.onnx", images[2:])
+    assert np.mean(predicted == labels[2:]) > 0.3
+
+
+def test_a_missing_fixtures_folder_is_one_line_that_names_it(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    out = tmp_path / "out.npz"
+    done = run_script(SAMPLES / "fixtures.py", "resnet20", out, "--fixtures", absent)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"fixtures.py: no fixtures folder at {absent}: give it with --fixtures or OCTAV_FIXTURES"
+    ]
+    assert not out.exists()
+
+
+def test_a_fixtures_folder_without_the_images_is_one_line_that_names_the_file(
+    tmp_path: Path,
+) -> None:
+    done = run_script(
+        SAMPLES / "fixtures.py", "resnet20", tmp_path / "out.npz", "--fixtures", tmp_path
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert str(tmp_path / "cifar10_calib.npz") in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_fixtures
+def test_more_images_than_the_fixtures_hold_is_an_error_that_gives_the_number(
+    tmp_path: Path,
+) -> None:
+    arguments = ("--calib", 513, "--fixtures", FIXTURES)
+    done = run_script(SAMPLES / "fixtures.py", "resnet20", tmp_path / "out.npz", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fixtures.py: --calib must be in 1..512")
+    assert done.stderr.endswith("got 513\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_fixtures
+def test_an_output_in_a_folder_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "absent" / "out.npz"
+    arguments = ("--calib", 1, "--val", 1, "--fixtures", FIXTURES)
+    done = run_script(SAMPLES / "fixtures.py", "resnet20", out, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"fixtures.py: cannot write {out}: it must be a file in a folder that exists"
+    ]
