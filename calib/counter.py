@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 N_CODES = 1 << 16
 _CHUNK = 1 << 18
+_MINUS_ZERO = np.uint32(0x80000000)
+_MINUS_ZERO_CODE = 0x8000
 _ABOVE_BFLOAT16 = float(np.uint32(0x7F7F8000).view(np.float32))
 _LARGEST_BFLOAT16 = np.uint32(0x7F7F0000).view(np.float32)
 
@@ -62,11 +64,14 @@ class Counter:
         self.max = max(self.max, float(high))
         if max(-float(low), float(high)) >= _ABOVE_BFLOAT16:
             chunk = np.clip(chunk, -_LARGEST_BFLOAT16, _LARGEST_BFLOAT16)
-        if low <= 0 <= high:
-            self.n_zero += chunk.size - int(np.count_nonzero(chunk))
-        codes = (chunk.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
+        bits = chunk.view(np.uint32)
+        codes = (bits + np.uint32(0x8000)) >> np.uint32(16)
         counts = np.bincount(codes)
         self.counts[: counts.size] += counts
+        if counts[0]:
+            self.n_zero += chunk.size - int(np.count_nonzero(bits))
+        if counts.size > _MINUS_ZERO_CODE and counts[_MINUS_ZERO_CODE]:
+            self.n_zero += int(np.count_nonzero(bits == _MINUS_ZERO))
 
     def merge(self, other: Counter) -> None:
         """Adds what ``other`` has counted; neither order nor grouping of merges matters."""

@@ -60,7 +60,7 @@ class Octav:
             proposal = _update(dist, s, nonzero, noise)
             low = np.where(proposal >= s, np.maximum(low, s), low)
             high = np.where(proposal <= s, np.minimum(high, s), high)
-            inside = (low <= proposal) & (proposal <= high)
+            inside = (low < proposal) & (proposal < high)
             proposal = np.where(inside, proposal, (low + high) / 2)
             settled = np.abs(proposal - s) <= self.tolerance * proposal
             s = proposal
