@@ -85,43 +85,51 @@ def open_data(model: Model, source: object, batch_size: int = 32, seed: int = 0)
     """
     if batch_size < 1:
         raise DataError(f"batch-size must be at least 1, got {batch_size}")
-    fixed = _fixed_batch(model.inputs)
-    size = fixed or batch_size
     if source is None:
-        return _synthetic(model.inputs, size, fixed, seed)
+        return _synthetic(model.inputs, batch_size, seed)
     if not isinstance(source, str | Path):
         if not isinstance(source, Iterable) and not hasattr(source, "get_next"):
             raise DataError(f"data must be a path or an iterable of batches, got {source!r}")
         return Batches(source, model.inputs)
-    return open_file(Path(source), model.inputs, size, fixed)
-
-
-def _fixed_batch(inputs: Sequence[ValueSpec]) -> int | None:
-    """The batch size that the model fixes; None where it is free."""
-    first = [spec.shape[0] for spec in inputs if spec.shape]
-    fixed = {d for d in first if isinstance(d, int)}
+    fixed = _fixed_first_axes(model.inputs)
     if len(fixed) > 1:
         raise DataError(
-            f"the model's inputs have different fixed first axes {sorted(fixed)}: which of them "
-            f"counts samples cannot be told; feed an iterable of dictionaries from Python"
+            f"{source}: the model's inputs have different fixed first axes {sorted(fixed)}: which "
+            f"of them counts samples cannot be told; feed dictionaries from Python instead"
         )
-    return fixed.pop() if fixed else None
+    only = next(iter(fixed), None)
+    return open_file(Path(source), model.inputs, only or batch_size, only)
 
 
-def _synthetic(inputs: Sequence[ValueSpec], size: int, fixed: int | None, seed: int) -> Arrays:
-    def reader(spec: ValueSpec, number: int) -> Callable[[int, int, int], Iterator[Array]]:
-        shape = [d if isinstance(d, int) else _FREE_AXIS for d in (spec.shape or (1,))[1:]]
+def _fixed_first_axes(inputs: Sequence[ValueSpec]) -> set[int]:
+    """The batch size that the model fixes; several where its inputs disagree, so that the first
+    axis is no batch at all; empty where it is free."""
+    first = (spec.shape[0] for spec in inputs if spec.shape)
+    return {length for length in first if isinstance(length, int)}
+
+
+def _synthetic(inputs: Sequence[ValueSpec], batch_size: int, seed: int) -> Arrays:
+    fixed = _fixed_first_axes(inputs)
+    feeds_are_samples = len(fixed) > 1
+    size = 1 if feeds_are_samples else next(iter(fixed), batch_size)
+
+    def reader(number: int, spec: ValueSpec) -> Callable[[int, int, int], Iterator[Array]]:
+        declared = spec.shape or ()
+        shape = [d if isinstance(d, int) else _FREE_AXIS for d in declared]
 
         def read(start: int, stop: int, size: int) -> Iterator[Array]:
             for first in range(start, stop, size):
                 rng = np.random.default_rng((seed, number, first))
-                yield _random(rng, (min(size, stop - first), *shape), spec.dtype)
+                rows = (
+                    [min(size, stop - first)] if declared and not feeds_are_samples else shape[:1]
+                )
+                yield _random(rng, (*rows, *shape[1:]), spec.dtype)
 
         return read
 
     n_samples = -(-_N_SYNTHETIC // size) * size
-    columns = {spec.name: reader(spec, number) for number, spec in enumerate(inputs)}
-    return Arrays(n_samples, size, columns, multiple=fixed or 1)
+    columns = {spec.name: reader(number, spec) for number, spec in enumerate(inputs)}
+    return Arrays(n_samples, size, columns, multiple=size if fixed else 1)
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

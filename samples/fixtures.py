@@ -69,7 +69,7 @@ def imagenet(fixtures: Path, n_calibration: int, n_evaluation: int) -> tuple[Ima
         rows = sorted((row["file"], int(row["label"])) for row in csv.DictReader(lines))
     calibration, evaluation = rows[:IMAGENET_SPLIT], rows[IMAGENET_SPLIT:]
     check_count(n_calibration, len(calibration), "--calib", folder)
-    check_count(n_evaluation, len(evaluation), "--val", folder)
+    check_count(n_evaluation, len(evaluation), "--val", folder, least=0)
     chosen = calibration[:n_calibration] + evaluation[:n_evaluation]
     images = np.stack([read_jpeg(folder / name) for name, _ in chosen])
     return images, np.array([label for _, label in chosen], np.int64)
@@ -112,10 +112,10 @@ SOURCES = {
 }
 
 
-def check_count(n: int, n_there: int, option: str, source: Path) -> None:
-    if not 1 <= n <= n_there:
+def check_count(n: int, n_there: int, option: str, source: Path, least: int = 1) -> None:
+    if not least <= n <= n_there:
         raise FixturesError(
-            f"{option} must be in 1..{n_there}, the images for it in {source}; got {n}"
+            f"{option} must be in {least}..{n_there}, the images for it in {source}; got {n}"
         )
 
 
