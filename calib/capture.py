@@ -93,9 +93,10 @@ class Session:
         return captured | dict(zip(self._outputs, results, strict=True))
 
 
-def version() -> str:
-    """onnxruntime's version."""
-    return str(ort.__version__)
+def version() -> tuple[int, int]:
+    """onnxruntime's major and minor version."""
+    major, minor, *_ = ort.__version__.split(".")
+    return int(major), int(minor)
 
 
 def _provider(runtime: Runtime) -> str:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calib.arrays import Batch
-from calib.capture import Runtime, Session
+from calib.capture import Runtime, Session, version
 from calib.comparison import Difference
 from calib.errors import VerificationError, one_line
 from calib.graph import Model
@@ -53,7 +53,8 @@ def verify(
     plain, optimized = (
         Session(path, runtime, optimized=level).run(batch.feed) for level in (False, True)
     )
-    _check_levels(expected, plain, optimized, _first_difference(*pairs))
+    hint = _first_difference(*pairs) + _known_bug(quantized)
+    _check_levels(expected, plain, optimized, hint)
 
 
 def _check_weights(model: Model, quantized: Quantized, written: ir.Model) -> None:
@@ -103,7 +104,7 @@ def _check_prepared(expected: Values, prepared: Values) -> None:
             )
 
 
-def _check_levels(expected: Values, plain: Values, optimized: Values, first: str) -> None:
+def _check_levels(expected: Values, plain: Values, optimized: Values, hint: str) -> None:
     for name, values in plain.items():
         if values.dtype.kind != "f":
             continue
@@ -113,7 +114,7 @@ def _check_levels(expected: Values, plain: Values, optimized: Values, first: str
         if (found := _sqnr_db(plain, optimized, name)) < needed:
             raise VerificationError(
                 f"onnxruntime's default level changes output {name!r}: SQNR {found:.1f} dB "
-                f"against optimisation off, at least {needed:.1f} needed; {first}"
+                f"against optimisation off, at least {needed:.1f} needed; {hint}"
             )
 
 
@@ -122,6 +123,21 @@ def _first_difference(plain: Values, optimized: Values) -> str:
         if not np.array_equal(values, optimized[name]):
             return f"the first tensor that differs is {name!r}"
     return "no quantized tensor differs, only what is computed from them"
+
+
+def _known_bug(quantized: Quantized) -> str:
+    """onnxruntime 1.20 to 1.30 computed UltraFace wrongly at every optimisation level with 4-bit
+    activations and 8-bit edges, rightly with 4-bit edges or 8-bit activations; 1.31 does."""
+    four_bits = any(
+        record.spec.kind == "activation" and record.qtype.bits == 4
+        for record in quantized.table.records
+    )
+    if version() >= (1, 31) or not four_bits:
+        return ""
+    return (
+        ". onnxruntime before 1.31 can mix up 4-bit and 8-bit activations: upgrade it, or use other "
+        "activation-bits"
+    )
 
 
 def _sqnr_db(reference: Values, other: Values, name: str) -> float:

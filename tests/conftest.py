@@ -1,0 +1,91 @@
+"""Fixtures: models as files, and the real models and images of ../shared/fixtures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from models import MODELS, Array
+
+from calib.arrays import Batch
+from calib.data import open_data
+from calib.errors import DataError
+from calib.graph import Model, ValueSpec, load_model
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+Save = Callable[[onnx.ModelProto], Path]
+Load = Callable[[str], Model]
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir() -> Path:
+    """The fixtures' folder; a test that needs it is skipped without, but never in CI."""
+    folder = Path(os.environ.get("OCTAV_FIXTURES") or _ROOT.parent / "shared" / "fixtures")
+    if not folder.is_dir():
+        reason = f"no fixtures at {folder} (environment variable OCTAV_FIXTURES)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Writes a model to a file of the test's own."""
+    paths = (tmp_path / name for name in ["model.onnx", *(f"model{n}.onnx" for n in range(99))])
+
+    def write(model: onnx.ModelProto) -> Path:
+        path = next(paths)
+        onnx.save(model, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """A model of ``models.MODELS`` as calib loads it, each once."""
+    folder = tmp_path_factory.mktemp("models")
+    loaded: dict[str, Model] = {}
+
+    def read(name: str) -> Model:
+        if name not in loaded:
+            path = folder / f"{name}.onnx"
+            onnx.save(MODELS[name](), path)
+            loaded[name] = load_model(path)
+        return loaded[name]
+
+    return read
+
+
+def model_taking(*inputs: tuple[str, str, tuple[Any, ...]]) -> Model:
+    """A stand-in with nothing but inputs (name, dtype, shape), for what only looks at those."""
+
+    class StandIn:
+        path = Path("model.onnx")
+
+    StandIn.inputs = tuple(  # type: ignore[attr-defined]
+        ValueSpec(name, np.dtype(dtype), shape) for name, dtype, shape in inputs
+    )
+    return StandIn()  # type: ignore[return-value]
+
+
+def joined(batches: Iterator[Batch], name: str) -> Array:
+    """One array of all batches."""
+    return np.concatenate([batch.feed[name] for batch in batches])
+
+
+def data_refusal(model: Model, source: object, **settings: int) -> str:
+    """The one line that says why ``source`` is no data for ``model``."""
+    with pytest.raises(DataError) as caught:
+        for _ in open_data(model, source, **settings).batches():
+            pass
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

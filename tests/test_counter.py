@@ -1,0 +1,227 @@
+"""Counting: the same integers as a loop over single values, whatever the batches."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter as Tally
+from itertools import pairwise
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from calib.counter import N_CODES, Counter
+
+Floats = NDArray[np.float32]
+
+by_property = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LARGEST = float(np.finfo(np.float32).max)
+LARGEST_BFLOAT16 = float(np.uint32(0x7F7F0000).view(np.float32))
+# Zeros, subnormals, ones, bin edges, the ends of bfloat16 and float32, infinities, NaNs.
+HARD_BITS = [
+    *(0x00000000, 0x00000001, 0x00007FFF, 0x00008000, 0x0000FFFF, 0x007FFFFF, 0x00800000),
+    *(0x3F7F7FFF, 0x3F7F8000, 0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F818000),
+    *(0x7F7F0000, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000),
+    *(0x7FFF8000, 0x7FFFFFFF),
+]
+HARD_BITS += [bits | 0x80000000 for bits in HARD_BITS]
+
+some_bits = st.one_of(st.sampled_from(HARD_BITS), st.integers(0, 0xFFFFFFFF))
+arrays_of_any_bits = st.lists(some_bits, max_size=60).map(lambda bits: from_bits(*bits))
+
+
+def from_bits(*bits: int) -> Floats:
+    return np.array(bits, np.uint32).view(np.float32)
+
+
+def counted(*arrays: NDArray[np.floating]) -> Counter:
+    counter = Counter()
+    for array in arrays:
+        counter.update(array)
+    return counter
+
+
+def everything(counter: Counter) -> tuple[object, ...]:
+    """All that a counter knows, comparable."""
+    codes = np.flatnonzero(counter.counts)
+    counts = dict(zip(codes.tolist(), counter.counts[codes].tolist(), strict=True))
+    special = (counter.n_zero, counter.n_nan, counter.n_inf)
+    return counts, counter.min, counter.max, special
+
+
+def one_by_one(values: Floats) -> tuple[object, ...]:
+    """The definition, in Python integers: no array, no wrap-around."""
+    counts: Tally[int] = Tally()
+    finite: list[float] = []
+    n_zero = n_nan = n_inf = 0
+    for value in values:
+        (bits,) = struct.unpack("<I", value.tobytes())
+        sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
+        if magnitude > 0x7F800000:
+            n_nan += 1
+        elif magnitude == 0x7F800000:
+            n_inf += 1
+        else:
+            n_zero += magnitude == 0
+            finite.append(struct.unpack("<f", struct.pack("<I", bits))[0])
+            rounded = min((magnitude + 0x8000) // 0x10000, 0x7F7F)
+            counts[sign // 0x10000 + rounded] += 1
+    low, high = min(finite, default=math.inf), max(finite, default=-math.inf)
+    return dict(sorted(counts.items())), low, high, (n_zero, n_nan, n_inf)
+
+
+@by_property
+@given(arrays_of_any_bits)
+def test_counts_equal_those_of_a_loop_over_single_values(values: Floats) -> None:
+    counter = counted(values)
+    assert everything(counter) == one_by_one(values)
+    assert counter.counts.dtype == np.int64
+    assert counter.counts.shape == (N_CODES,)
+    assert counter.n_finite + counter.n_nan + counter.n_inf == values.size
+
+
+@pytest.mark.parametrize("bits", HARD_BITS, ids=hex)
+def test_every_hard_value_alone_and_beside_a_one_is_counted_right(bits: int) -> None:
+    for values in (from_bits(bits), from_bits(bits, bits, 0x3F800000)):
+        assert everything(counted(values)) == one_by_one(values)
+
+
+@by_property
+@given(arrays_of_any_bits, st.data())
+def test_any_order_and_any_batches_give_identical_counts(
+    values: Floats, data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(values.size)))
+    cuts = data.draw(st.lists(st.integers(0, values.size), max_size=6).map(sorted))
+    edges = [0, *cuts, values.size]
+    batches = [values[list(order[start:stop])] for start, stop in pairwise(edges)]
+    assert everything(counted(*batches)) == everything(counted(values))
+
+
+@by_property
+@given(st.lists(arrays_of_any_bits, min_size=3, max_size=3))
+def test_merging_is_addition_in_any_order_and_grouping(parts: list[Floats]) -> None:
+    def merged(*groups: tuple[Floats, ...]) -> Counter:
+        total = Counter()
+        for group in groups:
+            part = Counter()
+            for values in group:
+                part.merge(counted(values))
+            total.merge(part)
+        return total
+
+    a, b, c = parts
+    expected = everything(counted(np.concatenate(parts)))
+    assert everything(merged((a,), (b,), (c,))) == expected
+    assert everything(merged((c,), (a,), (b,))) == expected
+    assert everything(merged((a,), (b, c))) == expected
+    assert everything(merged((a, b), (c,))) == expected
+
+
+def test_merging_leaves_the_other_counter_as_it_was() -> None:
+    mine, other = counted(from_bits(0x3F800000)), counted(from_bits(0xFF800000, 0x80000000))
+    before = everything(other)
+    mine.merge(other)
+    mine.update(np.ones(3, np.float32))
+    assert everything(other) == before
+
+
+def test_nothing_counted_is_nothing_known() -> None:
+    nothing: tuple[object, ...] = ({}, math.inf, -math.inf, (0, 0, 0))
+    assert everything(Counter()) == nothing
+    assert everything(counted(np.empty(0, np.float32), np.empty((3, 0), np.float64))) == nothing
+    assert everything(counted(np.full(5, np.nan, np.float32)))[:3] == nothing[:3]
+
+
+@pytest.mark.parametrize("bits", [0xFFFFFFFF, 0x7FFFFFFF, 0xFFFF8000, 0x7F800001, 0xFF800001])
+def test_a_nan_of_any_bits_is_a_nan_and_no_value(bits: int) -> None:
+    counter = counted(from_bits(bits, 0x40000000, bits))
+    assert (counter.n_nan, counter.n_inf, counter.n_finite) == (2, 0, 1)
+    assert (counter.min, counter.max) == (2.0, 2.0)
+    assert counter.counts[0] == 0
+
+
+def test_infinities_are_counted_and_are_no_extremes() -> None:
+    counter = counted(np.array([np.inf, -np.inf, -np.inf, 3.0, -7.0], np.float32))
+    assert (counter.n_inf, counter.n_nan, counter.n_finite) == (3, 0, 2)
+    assert (counter.min, counter.max) == (-7.0, 3.0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("magnitude", [3.3961e38, 3.4e38, LARGEST])
+def test_values_above_the_largest_bfloat16_count_there_and_keep_their_extreme(
+    sign: int, magnitude: float
+) -> None:
+    counter = counted(np.array([sign * magnitude], np.float32))
+    code = 0x7F7F if sign > 0 else 0xFF7F
+    assert np.flatnonzero(counter.counts).tolist() == [code]
+    assert counter.n_inf == 0
+    assert counter.max == counter.min == float(np.float32(sign * magnitude))
+    assert abs(counter.max) > LARGEST_BFLOAT16
+
+
+def test_zeros_of_either_sign_are_counted_and_subnormals_are_not_zero() -> None:
+    counter = counted(np.array([0.0, -0.0, 0.0, 1e-45, -1e-45, 1e-41], np.float32))
+    assert counter.n_zero == 3
+    assert counter.counts[0x0000] + counter.counts[0x8000] == 6
+    assert (counter.min, counter.max) == (float(np.float32(-1e-45)), float(np.float32(1e-41)))
+
+
+@by_property
+@given(hnp.arrays(np.float32, 40, elements=st.floats(-(2.0**127), 2.0**127, width=32)))
+def test_a_value_is_counted_at_its_nearest_bfloat16(values: Floats) -> None:
+    """ml_dtypes rounds the same way, except for ties, which it rounds to even."""
+    not_tied = values[values.view(np.uint32) & 0xFFFF != 0x8000]
+    nearest = not_tied.astype(ml_dtypes.bfloat16).view(np.uint16)
+    expected = np.bincount(nearest, minlength=N_CODES)
+    assert np.array_equal(counted(not_tied).counts, expected)
+
+
+def test_half_precision_is_counted_at_its_exact_values() -> None:
+    values = np.arange(0x7C00, dtype=np.uint16).view(np.float16)
+    both = np.concatenate([values, -values])
+    assert everything(counted(both)) == everything(counted(both.astype(np.float32)))
+    assert counted(both).n_zero == 2
+
+
+def test_double_precision_is_rounded_to_single_first() -> None:
+    values = np.random.default_rng(0).standard_normal(500) * np.logspace(-30, 30, 500)
+    counter = counted(values)
+    assert everything(counter) == one_by_one(values.astype(np.float32))
+    assert counter.max == float(np.float32(values.max()))
+
+
+def test_layout_does_not_matter_and_nothing_is_written() -> None:
+    values = np.random.default_rng(1).standard_normal((40, 30, 5)).astype(np.float32)
+    values[3, :, 2] = [np.nan, np.inf, 3.4e38] * 10
+    expected = everything(counted(values.ravel()))
+    before = values.tobytes()
+    values.setflags(write=False)
+    assert everything(counted(values)) == expected
+    assert everything(counted(values.transpose(2, 0, 1))) == expected
+    assert everything(counted(values[::-1], np.empty((0, 3), np.float32))) == expected
+    assert everything(counted(values[::2], values[1::2])) == expected
+    assert values.tobytes() == before
+
+
+def test_a_single_number_is_an_array_too() -> None:
+    assert everything(counted(np.array(2.5, np.float32))) == one_by_one(np.array([2.5], np.float32))
+
+
+def test_arrays_longer_than_the_inner_chunk_are_counted_whole() -> None:
+    """Only some chunks hold NaN, infinity, zeros or values above bfloat16."""
+    rng = np.random.default_rng(2)
+    values = rng.standard_normal(700_001).astype(np.float32)
+    values[[5, 650_000]] = np.nan
+    values[300_000:300_003] = 0, -0.0, np.inf
+    values[[600_000, 700_000]] = LARGEST, -LARGEST
+    counter = counted(values)
+    assert everything(counter) == everything(counted(*np.array_split(values, 13)))
+    assert (counter.n_zero, counter.n_nan, counter.n_inf) == (2, 2, 1)
+    assert (counter.min, counter.max) == (-LARGEST, LARGEST)
+    assert counter.n_finite == values.size - 3
