@@ -19,6 +19,7 @@ from calib.errors import DataError, one_line
 from calib.graph import ValueSpec
 
 Array = NDArray[Any]
+Reader = Callable[[int, int, int], Iterator[Array]]
 LABELS = "labels"
 
 
@@ -43,24 +44,24 @@ class Batch:
 class Arrays:
     """Data from equally long arrays that are read from their start, chunk by chunk.
 
-    ``columns`` holds, for each input and for the labels, the length and a function that reads
-    rows ``start … stop`` in chunks of ``size``.
+    ``columns`` holds for each input a function that reads rows ``start … stop`` in chunks of
+    ``size``; ``labels`` is such a function, where there are labels.
     """
 
     n_samples: int
     batch_size: int
-    columns: Mapping[str, Callable[[int, int, int], Iterator[Array]]]
+    columns: Mapping[str, Reader]
+    labels: Reader | None = None
     multiple: int = 1
     notes: tuple[str, ...] = ()
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         stop = self.n_samples if stop is None else min(stop, self.n_samples)
-        names = list(self.columns)
         streams = [read(start, stop, self.batch_size) for read in self.columns.values()]
+        labels = self.labels and self.labels(start, stop, self.batch_size)
         for chunks in zip(*streams, strict=True):
-            feed = dict(zip(names, chunks, strict=True))
-            labels = feed.pop(LABELS, None)
-            yield Batch(feed, labels)
+            feed = dict(zip(self.columns, chunks, strict=True))
+            yield Batch(feed, next(labels) if labels else None)
 
 
 def open_file(path: Path, inputs: Sequence[ValueSpec], size: int, fixed: int | None) -> Arrays:
@@ -162,12 +163,13 @@ def _assemble(
         )
     for spec in inputs:
         _check_column(path, columns[spec.name], spec)
-    used = {name: columns[name] for name in (*(i.name for i in inputs), LABELS) if name in columns}
+    fed = {spec.name: columns[spec.name] for spec in inputs}
+    labels = columns.get(LABELS) if LABELS not in fed else None
+    used = fed if labels is None else {**fed, LABELS: labels}
     lengths = {name: column.shape[0] if column.shape else 0 for name, column in used.items()}
     if len(set(lengths.values())) > 1:
         described = ", ".join(f"{name!r}: {n}" for name, n in lengths.items())
         raise DataError(f"{path}: arrays differ in their number of samples ({described})")
-    labels = used.get(LABELS)
     if labels is not None and (labels.dtype.kind not in "iu" or len(labels.shape) != 1):
         raise DataError(
             f"{path}: {LABELS!r} must be one integer for each sample, "
@@ -177,7 +179,14 @@ def _assemble(
     extra = sorted(set(columns) - set(used))
     if extra:
         notes = (*notes, f"arrays that are no input of the model are not used: {listed(extra)}")
-    return Arrays(n_samples, size, {n: c.read for n, c in used.items()}, fixed or 1, notes)
+    return Arrays(
+        n_samples=n_samples,
+        batch_size=size,
+        columns={name: column.read for name, column in fed.items()},
+        labels=None if labels is None else labels.read,
+        multiple=fixed or 1,
+        notes=notes,
+    )
 
 
 def _whole_feeds(path: Path, n: int, fixed: int | None) -> tuple[int, tuple[str, ...]]:

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.counter import Counter
+from calib.granularity import PerChannel
 from calib.qtypes import QuantType
+from calib.quantize import fake_quantize, scale_from_threshold
 
 Floats = NDArray[np.float64]
 
@@ -121,15 +123,12 @@ class Samples:
         return np.stack(rows).reshape(thresholds.shape)
 
     def _mse(self, t: Floats, qtype: QuantType) -> Floats:
-        step = np.where(t > 0, t / qtype.steps, np.inf).astype(self._values.dtype)[:, None]
-        error = np.divide(self._values, step)
-        np.rint(error, out=error)
-        np.clip(error, qtype.qmin, qtype.qmax, out=error)
-        error *= np.where(np.isinf(step), 0, step)
-        error -= self._values
-        if self._counts is None:
-            return np.asarray(np.square(error, out=error).mean(axis=1, dtype=np.float64))
-        return np.asarray((np.square(error) * self._counts).sum(axis=1)) / self.count()
+        scale = scale_from_threshold(t, qtype)
+        written = fake_quantize(self._values, scale, qtype, PerChannel(0))
+        squares = np.square(written.astype(np.float64) - self._values)
+        if self._counts is not None:
+            squares *= self._counts
+        return np.where(t > 0, squares.sum(axis=1) / self.count(), self.rms() ** 2)
 
     @cached_property
     def _ranked(self) -> _Ranked:
@@ -190,14 +189,14 @@ class Histogram:
 
     def snap(self, t: Floats) -> Floats:
         """``t``, or the exact maximum where ``t`` lies in the top bin, too coarse to tell."""
-        outermost = np.maximum(np.abs(self._low), np.abs(self._high)) >= self.max_abs()
-        inner_edge = np.minimum(np.abs(self._low), np.abs(self._high))[outermost].min()
+        reach = np.maximum(np.abs(self._low), np.abs(self._high))
+        inner_edge = np.minimum(np.abs(self._low), np.abs(self._high))[reach.argmax()]
         return np.where(t >= inner_edge, self.max_abs(), t)
 
     def _measured_mse(self, t: float, qtype: QuantType) -> float:
         if not t > 0:
             return float(self.rms()[0]) ** 2
-        step = t / qtype.steps
+        step = float(scale_from_threshold(np.array(t), qtype))
         low, high = self._low / step, self._high / step
         width = high - low
         flat = width <= 0

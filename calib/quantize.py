@@ -14,11 +14,16 @@ from calib.qtypes import QuantType
 
 # Smallest normal float32: a runtime that flushes subnormals to zero would divide by zero below.
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+_LARGEST = np.finfo(np.float32).max
 
 
 def scale_from_threshold(threshold: NDArray[np.floating], qtype: QuantType) -> NDArray[np.float32]:
-    """``threshold / steps`` as float32, same shape; the one place where a scale is made."""
-    return np.maximum(threshold / qtype.steps, _SMALLEST_SCALE).astype(np.float32)
+    """``threshold / steps`` as float32, same shape; the one place where a scale is made.
+
+    Kept within normal float32, and so that the largest integer times the scale is finite.
+    """
+    largest = np.nextafter(_LARGEST / np.float32(qtype.qmax), np.float32(0))
+    return np.clip(threshold / qtype.steps, _SMALLEST_SCALE, largest).astype(np.float32)
 
 
 def quantize(

@@ -135,8 +135,8 @@ def _known_bug(quantized: Quantized) -> str:
     if version() >= (1, 31) or not four_bits:
         return ""
     return (
-        ". onnxruntime before 1.31 can mix up 4-bit and 8-bit activations: upgrade it, or use other "
-        "activation-bits"
+        ". onnxruntime before 1.31 can mix up 4-bit and 8-bit activations: upgrade it, or use "
+        "other activation-bits"
     )
 
 

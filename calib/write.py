@@ -180,11 +180,12 @@ class _Writer:
         """Puts a QDQ pair between an activation and its consumers."""
         value = source = self._values[record.name]
         if record.qtype.exceeds(self._storages[record.name]):
-            scale = record.scale.reshape(())
-            bounds = [
-                self._constant(f"{record.name}_clip_{end}", np.float32(level) * scale)
-                for end, level in (("min", record.qtype.qmin), ("max", record.qtype.qmax))
-            ]
+            ends = {"min": record.qtype.qmin, "max": record.qtype.qmax}
+            with np.errstate(over="ignore"):  # beyond float32 on one side there is no value to clip
+                bounds = [
+                    self._constant(f"{record.name}_clip_{end}", record.scale.reshape(()) * level)
+                    for end, level in ends.items()
+                ]
             source = self._node("Clip", [value, *bounds], f"{record.name}_clipped", value)
         parameters = self._parameters(record)
         stored = self._node("QuantizeLinear", [source, *parameters], f"{record.name}_quantized")

@@ -102,7 +102,7 @@ def thresholds(
     missing = (answer == 0) & ~zero
     above = (answer > largest * (1 + 1e-9)) & ~zero
     notes = tuple(
-        f"{_how_many(flags)} {text}"
+        f"{_how_many(flags)}{text}"
         for flags, text in (
             (zero, "all zero: no threshold exists, 1 is used"),
             (missing, "the calibrator found no threshold: the maximum is used"),
@@ -115,7 +115,7 @@ def thresholds(
 
 
 def _how_many(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> str:
-    return "" if flags.size == 1 else f"{int(flags.sum())} of {flags.size} channels:"
+    return "" if flags.size == 1 else f"{int(flags.sum())} of {flags.size} channels: "
 
 
 def _plugins() -> dict[str, EntryPoint]:
