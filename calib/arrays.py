@@ -6,6 +6,7 @@ The first axis of every array runs over samples.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,18 @@ from calib.graph import ValueSpec
 Array = NDArray[Any]
 Reader = Callable[[int, int, int], Iterator[Array]]
 LABELS = "labels"
+
+# What zipfile, zlib and NumPy raise on files that are cut off, damaged, encrypted or no npz.
+DAMAGED_FILE = (
+    EOFError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,17 @@ class Batch:
         """Length of the first axis of the first input; 1 where that has no axes."""
         first = next(iter(self.feed.values()))
         return int(first.shape[0]) if first.ndim else 1
+
+    def check_finite(self, first: int) -> None:
+        """Raises `DataError` naming the sample if a float array holds NaN or infinity; ``first``
+        is the number of the batch's first sample."""
+        for name, array in self.feed.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                rows = array.reshape(array.shape[0] if array.ndim else 1, -1)
+                sample = first + int(np.argmin(np.isfinite(rows).all(axis=1)))
+                raise DataError(
+                    f"calibration data: {name!r} holds NaN or infinity in sample {sample}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +100,7 @@ def open_file(path: Path, inputs: Sequence[ValueSpec], size: int, fixed: int | N
     """
     try:
         columns = _open_columns(path, inputs)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED_FILE as error:
         raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
     return _assemble(path, columns, inputs, size, fixed)
 
@@ -104,13 +128,13 @@ class _Column:
                     if len(block) != rows * row_bytes:
                         raise DataError(f"{self.path}: {self.name!r} ends before row {stop}")
                     yield np.frombuffer(block, self.dtype).reshape(rows, *row_shape)
-            except (OSError, EOFError, zipfile.BadZipFile) as error:
+            except DAMAGED_FILE as error:
                 raise DataError(f"{self.path}: {self.name!r}: {one_line(error)}") from error
 
 
 def _open_columns(path: Path, inputs: Sequence[ValueSpec]) -> dict[str, _Column]:
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: is no file" if path.exists() else f"{path}: no such file")
     if path.suffix == ".npy":
         if len(inputs) != 1:
             raise DataError(
@@ -216,9 +240,10 @@ def check_shape(where: str, shape: tuple[int, ...], spec: ValueSpec) -> None:
         not isinstance(d, int) or d == n for d, n in zip(spec.shape[1:], shape[1:], strict=True)
     )
     if not fits:
+        found = "x".join(map(str, shape)) or "a single number"
         raise DataError(
-            f"{where} is {'x'.join(map(str, shape))}, the model takes {declared}, "
-            f"with samples along the first axis"
+            f"{where} is {found}, the model takes {declared or 'a single number'}, with samples "
+            f"along the first axis"
         )
 
 

@@ -60,8 +60,8 @@ class Session:
         values: Sequence[str] | None = None,
     ):
         runtime = runtime or Runtime()
-        if isinstance(model, Path):
-            model = ir.load(model) if values is not None else model
+        if isinstance(model, Path) and values is not None:
+            model = ir.external_data.load_to_model(ir.load(model))
         source = str(model) if isinstance(model, Path) else _serialize(model, values)
         try:
             self._session = ort.InferenceSession(
@@ -83,6 +83,8 @@ class Session:
             ModelError: if onnxruntime fails to run the model on ``feed``.
         """
         captured: dict[str, NDArray[Any]] = {name: feed[name] for name in self._from_feed}
+        if not self._outputs:
+            return captured
         try:
             results = self._session.run(self._outputs, dict(feed))
         except Exception as error:
@@ -128,6 +130,7 @@ def _serialize(model: ir.Model, values: Sequence[str] | None) -> bytes:
         model = model.clone()
         by_name = {v.name: v for node in model.graph for v in node.outputs}
         outputs = [by_name[name] for name in values if name in by_name]
-        model.graph.outputs.clear()
-        model.graph.outputs.extend(outputs)
+        if outputs:  # a model must have one
+            model.graph.outputs.clear()
+            model.graph.outputs.extend(outputs)
     return bytes(ir.to_proto(model).SerializeToString())

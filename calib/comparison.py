@@ -92,17 +92,22 @@ def evaluate(
     quantized: Path,
     batches: Iterable[Batch],
     runtime: Runtime | None = None,
+    first: int = 0,
 ) -> Comparison:
     """Runs the original float model and the one at ``quantized`` over all batches, both at
     onnxruntime's default level.
 
+    Args:
+        first: number of the first sample, for error messages.
+
     Raises:
         VerificationError: if an output of the quantized model holds NaN.
-        DataError: if labels are not one for each sample.
+        DataError: if the data holds NaN or infinity, or labels are not one for each sample.
     """
     sessions = Session(model.path, runtime), Session(quantized, runtime)
     totals = _Totals()
     for batch in batches:
+        batch.check_finite(first + totals.n_samples)
         expected, actual = (session.run(batch.feed) for session in sessions)
         _add(totals, batch, expected, actual)
     sqnr_db = {name: difference.sqnr_db for name, difference in totals.differences.items()}

@@ -101,12 +101,13 @@ def load_model(path: str | Path) -> Model:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        raise ModelError(f"{path}: is no file" if path.exists() else f"{path}: no such file")
     try:
         onnx.checker.check_model(str(path))
         model = ir.load(path)
         files = [path, *_external_files(model, path)]
         digest, n_bytes = _digest(files)
+        ir.external_data.load_to_model(model)
         notes = prepare(model)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
@@ -240,7 +241,7 @@ def _value_spec(value: ir.Value) -> ValueSpec:
 
 
 def _external_files(model: ir.Model, path: Path) -> list[Path]:
-    tensors = (v.const_value for v in model.graph.initializers.values())
+    tensors = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
     locations = {t.location for t in tensors if isinstance(t, ir.ExternalTensor)}
     return [path.parent / location for location in sorted(map(str, locations))]
 

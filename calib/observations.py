@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
-from calib.arrays import Batch
+from calib.arrays import DAMAGED_FILE, Batch
 from calib.capture import Runtime, Session
 from calib.counter import Counter
 from calib.errors import DataError, ModelError, ObservationsError, one_line
@@ -77,7 +77,7 @@ class Observations:
         """
         path = Path(path)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as arrays:
                 manifest = json.loads(arrays[_MANIFEST].tobytes())
                 if manifest["schema"] != _SCHEMA:
                     raise ObservationsError(
@@ -91,16 +91,17 @@ class Observations:
                     }
                     for group in range(1 + manifest["batches"])
                 ]
+                digest, n_samples = str(manifest["model_sha256"]), int(manifest["n_samples"])
         except FileNotFoundError:
             raise ObservationsError(f"{path}: no such file") from None
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        except (*DAMAGED_FILE, KeyError, IndexError) as error:
             raise ObservationsError(f"{path}: no saved observations: {one_line(error)}") from error
-        if manifest["model_sha256"] != model.sha256:
+        if digest != model.sha256:
             raise ObservationsError(
-                f"{path}: observed on another model (sha256 {manifest['model_sha256'][:12]}…) "
-                f"than {model.path} ({model.sha256[:12]}…): observe again"
+                f"{path}: observed on another model (sha256 {digest[:12]}...) "
+                f"than {model.path} ({model.sha256[:12]}...): observe again"
             )
-        return cls(model.sha256, manifest["n_samples"], groups[0], tuple(groups[1:]))
+        return cls(model.sha256, n_samples, groups[0], tuple(groups[1:]))
 
 
 def observe(
@@ -124,7 +125,7 @@ def observe(
     kept: list[Counters] = []
     n_samples = 0
     for batch in batches:
-        _check_finite(batch, n_samples)
+        batch.check_finite(n_samples)
         counters = total
         if len(kept) < keep_batches:
             counters = {name: Counter() for name in names}
@@ -141,14 +142,6 @@ def observe(
     return Observations(model.sha256, n_samples, total, tuple(kept))
 
 
-def _check_finite(batch: Batch, first: int) -> None:
-    for name, array in batch.feed.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            rows = np.isfinite(array).reshape(array.shape[0] if array.ndim else 1, -1).all(axis=1)
-            sample = first + int(np.argmin(rows))
-            raise DataError(f"calibration data: {name!r} holds NaN or infinity in sample {sample}")
-
-
 def _check_counter(name: str, counter: Counter, first: int) -> None:
     if counter.n_nan or counter.n_inf:
         what = "NaN" if counter.n_nan else "infinite"
@@ -158,7 +151,7 @@ def _check_counter(name: str, counter: Counter, first: int) -> None:
         )
 
 
-def _restore(arrays: np.lib.npyio.NpzFile, key: str) -> Counter:
+def _restore(arrays: NpzFile, key: str) -> Counter:
     counter = Counter()
     codes = arrays[f"{key}.codes"]
     if codes.dtype != np.uint16:

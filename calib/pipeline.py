@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -68,6 +68,8 @@ class Run:
             raise OptionError(f"samples must be at least 1, got {self.samples}")
         if self.batch_size < 1:
             raise OptionError(f"batch-size must be at least 1, got {self.batch_size}")
+        if self.seed < 0:
+            raise OptionError(f"seed must not be negative, got {self.seed}")
         if self.observations is not None and self.save_observations is not None:
             raise OptionError("observations are either read or saved, not both in one run")
 
@@ -138,7 +140,8 @@ def calibrate_model(
         loaded = load_model(model)
         plan = make_plan(loaded, rules)
         target = Path(output) if output else default_output(loaded, rules)
-        _check_outputs([target, run.save_observations, run.summary], loaded, run.force)
+        given = [loaded.path, data if isinstance(data, str | Path) else None, run.observations]
+        _check_outputs([target, run.save_observations, run.summary], given, run.force)
         source = open_data(loaded, data, run.batch_size, run.seed)
         saved = Observations.load(run.observations, loaded) if run.observations else None
         split = _Split.of(source, run, saved)
@@ -149,12 +152,16 @@ def calibrate_model(
         table = table.with_manifest(_manifest(table, rules, run, data))
     with _timed("write", seconds):
         quantized = write_qdq(loaded, table)
-    with whole_file(target) as temporary:
+    with ExitStack() as stack:
+        temporary = stack.enter_context(whole_file(target))
         quantized.save(temporary)
+        if run.save_observations is not None:
+            observations.save(stack.enter_context(whole_file(run.save_observations)))
         with _timed("verify", seconds):
             verify(loaded, quantized, temporary, split.first_batch(), run.runtime)
         with _timed("evaluate", seconds):
-            comparison = evaluate(loaded, temporary, split.evaluation(), run.runtime)
+            batches = split.evaluation()
+            comparison = evaluate(loaded, temporary, batches, run.runtime, split.first_compared)
         calibration = Calibration(
             output=target,
             table=table,
@@ -166,8 +173,8 @@ def calibrate_model(
             notes=(*loaded.notes, *quantized.notes, *source.notes, *split.notes),
         )
         if run.summary is not None:
-            with whole_file(run.summary) as summary:
-                summary.write_text(dumps(calibration.summary(), indent=2) + "\n", "utf-8")
+            text = dumps(calibration.summary(), indent=2) + "\n"
+            stack.enter_context(whole_file(run.summary)).write_text(text, "utf-8")
     return calibration
 
 
@@ -177,20 +184,28 @@ def default_output(model: Model, rules: Rules) -> Path:
     return model.path.with_name(f"{model.path.stem}-w{widths.weights}a{widths.activations}.onnx")
 
 
-def _check_outputs(paths: list[Path | None], model: Model, force: bool) -> None:
-    """Raises `OutputError` if one of the paths exists and must not be overwritten, is the model
-    itself, lies in no directory, or is named twice."""
-    wanted = [path for path in paths if path is not None]
+def _check_outputs(
+    outputs: Sequence[Path | None], inputs: Sequence[str | Path | None], force: bool
+) -> None:
+    """Raises `OutputError` if an output exists and must not be overwritten, is an input, lies in
+    no directory, or is named twice."""
+    given = [Path(path).resolve() for path in inputs if path is not None]
+    wanted = [path for path in outputs if path is not None]
     for path in wanted:
-        if path.exists() and path.resolve() == model.path.resolve():
-            raise OutputError(f"{path}: is the input model, which is never overwritten")
-        if path.is_dir():
+        try:
+            resolved, exists, is_dir = path.resolve(), path.exists(), path.is_dir()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        if resolved in given:
+            what = "the input model" if resolved == given[0] else "an input"
+            raise OutputError(f"{path}: is {what}, which is never overwritten")
+        if is_dir:
             raise OutputError(f"{path}: is a directory, a file name is needed")
-        if path.exists() and not force:
+        if exists and not force:
             raise OutputError(f"{path}: exists; choose another name, or overwrite it with --force")
         if not path.parent.is_dir():
             raise OutputError(f"{path}: the directory {path.parent} does not exist")
-        if sum(path.resolve() == other.resolve() for other in wanted) > 1:
+        if sum(resolved == other.resolve() for other in wanted) > 1:
             raise OutputError(f"{path}: is named for two different outputs")
 
 
@@ -208,6 +223,11 @@ class _Split:
     @classmethod
     def of(cls, source: Data, run: Run, saved: Observations | None) -> _Split:
         wanted = run.samples or (saved.n_samples if saved else None)
+        if saved is not None and wanted is not None and wanted < saved.n_samples:
+            raise OptionError(
+                f"--samples {wanted}: the observations hold {saved.n_samples} samples, fewer "
+                f"cannot be taken from them; leave --samples out, or observe again"
+            )
         available = source.n_samples
         if wanted is None or available is None:
             return cls(source, run, wanted, held_out=False)
@@ -244,6 +264,11 @@ class _Split:
                 yield batch
                 advance(batch.n_samples)
 
+    @property
+    def first_compared(self) -> int:
+        """Number of the first sample that the models are compared on."""
+        return (self.n_calibration or 0) if self.held_out else 0
+
     def first_batch(self) -> Batch:
         """One batch, to run a model on."""
         self.first = self.first or next(self.source.batches(), None)
@@ -260,10 +285,7 @@ def _observe(model: Model, split: _Split, plan: Plan, rules: Rules) -> Observati
         uses, _ = quantizable_uses(model)
         names = tuple(dict.fromkeys(use.tensor for use in uses if use.kind == "activation"))
     batches = split.calibration()
-    observations = observe(model, batches, names, rules.reduction.kept_batches, run.runtime)
-    if run.save_observations is not None:
-        observations.save(run.save_observations)
-    return observations
+    return observe(model, batches, names, rules.reduction.kept_batches, run.runtime)
 
 
 def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from onnxscript.rewriter.rules import common as rules
 
 QUANTIZABLE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+_IR_WITHOUT_INITIALIZER_INPUTS = 4
 _ENLARGING_OPS = ("ConstantOfShape", "Expand", "Tile", "Range")
 _FUSE_BATCHNORM = rewriter.RewriteRuleSet(
     [
@@ -36,6 +37,7 @@ def prepare(model: ir.Model) -> tuple[str, ...]:
     constant_inputs = [v.name for v in model.graph.inputs if v.is_initializer()]
     if constant_inputs:
         passes.RemoveInitializersFromInputsPass()(model)
+        model.ir_version = max(model.ir_version, _IR_WITHOUT_INITIALIZER_INPUTS)
         notes.append(
             f"{len(constant_inputs)} initializers were also graph inputs: they are constants now"
         )
@@ -80,14 +82,15 @@ def _weight_producers(model: ir.Model) -> set[ir.Node]:
 
 
 def _fold_batchnorm(model: ir.Model) -> int:
-    """Folds what can be folded; the layer keeps its node name, the BatchNormalization's output
-    keeps its own. The rewriter's rules know no training mode: where there is one, none is folded.
+    """Folds what can be folded; the layer keeps its name and doc string, the output its name.
+
+    The rewriter's rules know no training mode: where there is one, none is folded.
     """
     batchnorms = [node for node in model.graph if node.op_type == "BatchNormalization"]
     if any(node.attributes.get_int("training_mode", 0) for node in batchnorms):
         return 0
     layers = {
-        node.outputs[0].name: producer.name
+        node.outputs[0].name: producer
         for node in batchnorms
         if node.inputs[0] is not None and (producer := node.inputs[0].producer()) is not None
     }
@@ -95,6 +98,8 @@ def _fold_batchnorm(model: ir.Model) -> int:
     folded = 0
     for node in model.graph:
         if node.op_type in QUANTIZABLE_OPS and node.outputs[0].name in layers:
-            node.name = layers[node.outputs[0].name]
+            layer = layers[node.outputs[0].name]
+            node.name, node.doc_string = layer.name, layer.doc_string
+            node.metadata_props.update(layer.metadata_props)
             folded += 1
     return folded

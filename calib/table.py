@@ -94,7 +94,7 @@ class CalibrationTable:
         if self.model_sha256 != model.sha256:
             raise ModelError(
                 f"{model.path}: the calibration table belongs to another model "
-                f"(sha256 {self.model_sha256[:12]}…, this one {model.sha256[:12]}…)"
+                f"(sha256 {self.model_sha256[:12]}..., this one {model.sha256[:12]}...)"
             )
 
     def with_manifest(self, manifest: Mapping[str, Any]) -> CalibrationTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -17,6 +18,9 @@ _INTERRUPTED = 130
 
 def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
     """Runs ``command`` and returns its exit code: 0 done, 1 a gate not met, 2 bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal cannot show
+            stream.reconfigure(errors="replace")
     try:
         code = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except (click.ClickException, CalibError) as error:

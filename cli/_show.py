@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calib.pipeline import Calibration
     from calib.targets import Plan, Rules
 
-_PIPE_WIDTH = 160
+_PIPE_WIDTH = 100_000  # nothing is folded or cut off in a pipe
 _FEW = 5
 
 
@@ -35,7 +35,7 @@ def show_calibration(result: Calibration, verbose: bool) -> None:
         ("model", str(result.output)),
         ("quantized", _census(result)),
         ("kept float", _skipped_text(result.table.skipped)),
-        ("size", f"{_kilobytes(before)} → {_kilobytes(after)} ({after / before:.0%})"),
+        ("size", f"{_kilobytes(before)} -> {_kilobytes(after)} ({after / before:.0%})"),
         ("output SQNR", f"{comparison.output_sqnr_db:.1f} dB on {seen}"),
     ]
     if comparison.top1 is not None:
@@ -64,7 +64,7 @@ def show_plan(plan: Plan, rules: Rules) -> None:
 
 def show_warnings(warnings: Iterable[str]) -> None:
     """On stderr, whatever else is quiet."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     for warning in warnings:
         console.print(f"[bold red]WARNING:[/] {escape(warning)}")
 
@@ -88,7 +88,8 @@ def progress_bar(stage: str, total: int | None) -> Iterator[Callable[[int], None
 
 
 def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(highlight=False, emoji=False, width=width)
 
 
 def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
@@ -121,7 +122,7 @@ def _records_table(result: Calibration) -> Table:
     table = Table("tensor", "type", "granularity", "threshold", "SQNR dB", "notes", box=None)
     for record in result.table.records:
         low, high = record.threshold.min(), record.threshold.max()
-        span = f"{low:.4g}" if low == high else f"{low:.4g} … {high:.4g}"
+        span = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
         sqnr = "" if record.sqnr_db is None else f"{record.sqnr_db:.1f}"
         cells = [record.name, str(record.qtype), str(record.spec.granularity), span, sqnr]
         table.add_row(*map(escape, [*cells, "; ".join(record.notes)]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, cast
@@ -71,7 +72,11 @@ def make(spec: str) -> Calibrator:
         if parameters:
             raise OptionError(f"{name} takes no parameters, got {parameters!r} in {spec!r}")
         return cast(Calibrator, factory)
-    return cast(Calibrator, factory(**_parse(factory, spec, parameters)))
+    values = _parse(factory, spec, parameters)
+    try:
+        return cast(Calibrator, factory(**values))
+    except TypeError as error:
+        raise CalibratorError(f"calibrator {spec!r} cannot be made: {one_line(error)}") from error
 
 
 def thresholds(
@@ -156,18 +161,30 @@ def _load_plugin(name: str) -> Callable[..., object]:
 
 
 def _parse(factory: type, spec: str, parameters: str) -> dict[str, object]:
-    fields = {f.name: f for f in dataclasses.fields(factory)} if parameters else {}
+    if not parameters:
+        return {}
+    fields = typing.get_type_hints(factory) if dataclasses.is_dataclass(factory) else {}
     values: dict[str, object] = {}
-    for position, item in enumerate(parameters.split(",") if parameters else ()):
+    for position, item in enumerate(parameters.split(",")):
         key, equals, text = item.partition("=")
         if not equals:
             key, text = (next(iter(fields), ""), item) if position == 0 else (item, "")
         if key not in fields:
             allowed = ", ".join(fields) or "none"
             raise OptionError(f"{spec}: no parameter {key!r}; allowed: {allowed}")
-        kind: type = type(fields[key].default)
-        try:
-            values[key] = kind(text.strip())
-        except ValueError:
-            raise OptionError(f"{spec}: {key} must be {kind.__name__}, got {text!r}") from None
+        values[key] = _convert(text.strip(), fields[key], f"{spec}: {key}")
     return values
+
+
+def _convert(text: str, hint: object, where: str) -> object:
+    """``text`` as one of the types int, float, bool or str that ``hint`` names."""
+    kinds = [k for k in (*typing.get_args(hint), hint) if k in (int, float, bool, str)]
+    kind = kinds[0] if kinds else str
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        if kind is not bool:
+            return kind(text)
+    except ValueError:
+        pass
+    raise OptionError(f"{where} must be {kind.__name__}, got {text!r}")
