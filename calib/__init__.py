@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from calib.observations import Observations as Observations
     from calib.observations import observe as observe
     from calib.pipeline import Calibration as Calibration
-    from calib.pipeline import Run as Run
     from calib.pipeline import calibrate_model as calibrate_model
     from calib.qtypes import QuantType as QuantType
+    from calib.run import Run as Run
     from calib.table import CalibrationTable as CalibrationTable
     from calib.targets import Reduction as Reduction
     from calib.targets import Rules as Rules
@@ -56,7 +56,7 @@ _HOME = {
     "Observations": "observations",
     "observe": "observations",
     "Calibration": "pipeline",
-    "Run": "pipeline",
+    "Run": "run",
     "calibrate_model": "pipeline",
     "QuantType": "qtypes",
     "CalibrationTable": "table",

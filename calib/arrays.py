@@ -134,7 +134,9 @@ class _Column:
 
 def _open_columns(path: Path, inputs: Sequence[ValueSpec]) -> dict[str, _Column]:
     if not path.is_file():
-        raise DataError(f"{path}: is no file" if path.exists() else f"{path}: no such file")
+        raise DataError(
+            f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file"
+        )
     if path.suffix == ".npy":
         if len(inputs) != 1:
             raise DataError(

@@ -53,10 +53,11 @@ class Difference:
     noise: float = 0.0
 
     def add(self, reference: NDArray[Any], other: NDArray[Any]) -> None:
-        """Adds two arrays of the same shape."""
-        exact = reference.astype(np.float64)
+        """Adds two arrays of the same shape; equal infinities are neither signal nor noise."""
+        alike = ~np.isfinite(reference) & (reference == other)
+        exact = np.where(alike, 0.0, reference.astype(np.float64))
         self.signal += float(np.square(exact).sum())
-        self.noise += float(np.square(exact - other).sum())
+        self.noise += float(np.square(exact - np.where(alike, 0.0, other)).sum())
 
     @property
     def sqnr_db(self) -> float:
@@ -114,6 +115,18 @@ def evaluate(
     return Comparison(totals.n_samples, sqnr_db, totals.hits.top1())
 
 
+def check_nan(name: str, reference: NDArray[Any], actual: NDArray[Any]) -> None:
+    """Raises if an output holds NaN: `DataError` if the float model's does, `VerificationError`
+    if only the quantized one's does."""
+    if np.isnan(reference).any():
+        raise DataError(
+            f"output {name!r} of the float model holds NaN on this data: is it preprocessed as "
+            f"the model wants it?"
+        )
+    if np.isnan(actual).any():
+        raise VerificationError(f"output {name!r} of the quantized model holds NaN")
+
+
 def _add(
     totals: _Totals,
     batch: Batch,
@@ -123,8 +136,7 @@ def _add(
     for name, reference in expected.items():
         if reference.dtype.kind != "f":
             continue
-        if np.isnan(actual[name]).any():
-            raise VerificationError(f"output {name!r} of the quantized model holds NaN")
+        check_nan(name, reference, actual[name])
         totals.differences.setdefault(name, Difference()).add(reference, actual[name])
     totals.n_samples += batch.n_samples
     logits = next((n for n, a in expected.items() if a.dtype.kind == "f" and a.ndim == 2), None)

@@ -39,7 +39,8 @@ class Use:
 
     Attributes:
         edge: the node is a weighted layer with none before it, or none behind it.
-        granularity: one group for each output channel of the node, for weights that have them.
+        granularity: one group for each output channel of the node, for weights that have one
+            axis for them.
     """
 
     tensor: str
@@ -101,7 +102,9 @@ def load_model(path: str | Path) -> Model:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"{path}: is no file" if path.exists() else f"{path}: no such file")
+        raise ModelError(
+            f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file"
+        )
     try:
         onnx.checker.check_model(str(path))
         model = ir.load(path)
@@ -180,9 +183,8 @@ def _channel_axis(node: ir.Node, position: int, rank: int) -> int | None:
     if node.op_type == "Gemm":
         transposed = node.attributes.get_int("transB" if position else "transA", 0)
         return int(bool(transposed) != bool(position))
-    if rank < 2:
-        return None
-    return rank - 1 if position else rank - 2
+    # onnxruntime 1.31 fails to run an int8 MatMul with scales for the columns of several matrices.
+    return position if rank == 2 else None
 
 
 def _edge_nodes(graph: ir.Graph) -> set[ir.Node]:

@@ -6,6 +6,9 @@ before it, every node and value has a name. Names of inputs, outputs and nodes a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import optimizer, rewriter
@@ -49,8 +52,19 @@ def prepare(model: ir.Model) -> tuple[str, ...]:
         notes.append(f"{folded} BatchNormalization nodes folded into the layer before them")
     passes.RemoveUnusedNodesPass()(model)
     passes.NameFixPass(_Names())(model)
-    passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    with kept_interface(model):
+        passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return tuple(notes)
+
+
+@contextmanager
+def kept_interface(model: ir.Model) -> Iterator[None]:
+    """Gives inputs and outputs back the types and shapes that they were declared with."""
+    declared = [(v.name, v.type, v.shape) for v in (*model.graph.inputs, *model.graph.outputs)]
+    copies = {name: (type_, shape and shape.copy()) for name, type_, shape in declared}
+    yield
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.type, value.shape = copies[value.name]
 
 
 def _fold_constant_chains(model: ir.Model) -> None:

@@ -65,12 +65,14 @@ def _is_sound(threshold: Floats, dist: Distribution, qtype: QuantType, what: str
 
 
 def check_threshold_is_positive_and_at_most_the_maximum(calibrator: Calibrator) -> None:
+    """One threshold for each group, above 0 and not above max|x|."""
     for qtype in QTYPES:
         dist = Samples(_values(qtype))
         _is_sound(calibrator(dist, qtype), dist, qtype, "threshold")
 
 
 def check_histogram_is_accepted(calibrator: Calibrator) -> None:
+    """The same of a distribution that holds counts, as activations do."""
     for qtype in QTYPES:
         counter = Counter()
         counter.update(_values(qtype)[0])
@@ -79,6 +81,7 @@ def check_histogram_is_accepted(calibrator: Calibrator) -> None:
 
 
 def check_threshold_scales_with_the_tensor(calibrator: Calibrator) -> None:
+    """``t(64·x) = 64·t(x)``: a threshold has the unit of the tensor."""
     for qtype in QTYPES:
         values = _values(qtype)
         expected = 64 * calibrator(Samples(values), qtype)
@@ -86,6 +89,7 @@ def check_threshold_scales_with_the_tensor(calibrator: Calibrator) -> None:
 
 
 def check_groups_do_not_touch_each_other(calibrator: Calibrator) -> None:
+    """Four groups at once give what each gives alone."""
     for qtype in QTYPES:
         values = _values(qtype)
         together = calibrator(Samples(values), qtype)
@@ -94,6 +98,7 @@ def check_groups_do_not_touch_each_other(calibrator: Calibrator) -> None:
 
 
 def check_order_does_not_matter(calibrator: Calibrator) -> None:
+    """Shuffled values give the same thresholds."""
     for qtype in QTYPES:
         values = _values(qtype)
         shuffled = np.random.default_rng(1).permutation(values, axis=1)
@@ -102,6 +107,7 @@ def check_order_does_not_matter(calibrator: Calibrator) -> None:
 
 
 def check_all_zero_group_is_finite_and_harmless(calibrator: Calibrator) -> None:
+    """A group of zeros gives a finite answer, and leaves the others alone."""
     for qtype in QTYPES:
         values = _values(qtype)
         expected = calibrator(Samples(values), qtype)
@@ -113,6 +119,7 @@ def check_all_zero_group_is_finite_and_harmless(calibrator: Calibrator) -> None:
 
 
 def check_equal_magnitudes_give_a_sound_threshold(calibrator: Calibrator) -> None:
+    """So do groups with one magnitude, and with one value that is not zero."""
     for qtype in QTYPES:
         values = np.full((2, 50), 0.7, np.float32)
         if qtype.signed:
@@ -123,6 +130,7 @@ def check_equal_magnitudes_give_a_sound_threshold(calibrator: Calibrator) -> Non
 
 
 def check_input_is_not_modified(calibrator: Calibrator) -> None:
+    """Values may be read-only, and stay as they are."""
     for qtype in QTYPES:
         values = _values(qtype)
         before = values.copy()
@@ -132,6 +140,7 @@ def check_input_is_not_modified(calibrator: Calibrator) -> None:
 
 
 def check_same_input_gives_the_same_threshold(calibrator: Calibrator) -> None:
+    """Two calls give the same answer to the bit."""
     for qtype in QTYPES:
         dist = Samples(_values(qtype))
         first, second = calibrator(dist, qtype), calibrator(dist, qtype)

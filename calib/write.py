@@ -17,11 +17,24 @@ from calib.errors import ModelError, one_line
 from calib.files import whole_file
 from calib.granularity import onnx_axis
 from calib.graph import Model
+from calib.prepare import kept_interface
 from calib.qtypes import Storage
 from calib.quantize import quantize
 from calib.table import CalibrationTable, TensorRecord, dumps
 
 METADATA_KEY = "octav_calibrate"
+
+# onnxruntime moves a QuantizeLinear to before these, next to whatever stands there.
+_MOVED_OVER = (
+    "Flatten",
+    "Identity",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +78,8 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
     table.check_model(model)
     quantized = model.ir.clone()
     storages = _storages(quantized, table)
-    notes = _raise_opset(quantized, set(storages.values()))
+    with kept_interface(quantized):
+        notes = _raise_opset(quantized, set(storages.values()))
     writer = _Writer(quantized, storages)
     consumers = {name for record in table.records for name in record.spec.consumers}
     for node in list(quantized.graph):
@@ -83,7 +97,12 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
 
 def _storages(model: ir.Model, table: CalibrationTable) -> dict[str, Storage]:
     """How each tensor's integers are stored."""
-    clipped = {v.name for n in model.graph if n.op_type == "Clip" for v in n.outputs}
+    clipped: set[str | None] = set()
+    for node in model.graph:
+        source = node.inputs[0] if node.inputs else None
+        moved = node.op_type in _MOVED_OVER and source is not None and source.name in clipped
+        if node.op_type == "Clip" or moved:
+            clipped.update(value.name for value in node.outputs)
 
     def storage(record: TensorRecord) -> Storage:
         narrowest = record.qtype.storage
@@ -96,9 +115,10 @@ def _storages(model: ir.Model, table: CalibrationTable) -> dict[str, Storage]:
 
 
 def _raise_opset(model: ir.Model, storages: set[Storage]) -> tuple[str, ...]:
-    """Raises the opset to what the storage types need, where it is lower."""
+    """Raises opset and IR version to what the storage types need, where they are lower."""
     before = model.opset_imports[""]
     needed = max((storage.opset for storage in storages), default=before)
+    model.ir_version = max(model.ir_version, _ir_version(needed))
     if before >= needed:
         return ()
     names = ", ".join(sorted(s.name for s in storages if s.opset == needed))
@@ -113,7 +133,6 @@ def _raise_opset(model: ir.Model, storages: set[Storage]) -> tuple[str, ...]:
             f"opset {before} cannot be raised to {needed}, which {names} needs: export the model "
             f"with opset {needed}, or use widths of 5 to 8 bits (opset 13)"
         )
-    model.ir_version = max(model.ir_version, _ir_version(needed))
     return (f"opset raised from {before} to {needed} for {names}",)
 
 
@@ -130,8 +149,9 @@ class _Writer:
         self._graph = model.graph
         self._storages = storages
         values = (v for node in model.graph.all_nodes() for v in node.outputs)
-        self._names = {v.name for v in values} | set(model.graph.initializers)
-        self._names |= {v.name for v in model.graph.inputs}
+        self._names = {v.name for v in values}
+        for graph in model.graphs():
+            self._names.update(graph.initializers, (v.name for v in graph.inputs))
         self._values = {v.name: v for node in model.graph for v in node.outputs}
         self._values |= {v.name: v for v in model.graph.inputs}
         self._values.update(model.graph.initializers)

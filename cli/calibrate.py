@@ -11,7 +11,7 @@ import click
 from ._main import run, set_verbosity
 
 if TYPE_CHECKING:
-    from calib.pipeline import Run
+    from calib.run import Run
     from calib.targets import Rules
 
 _NAME = "octav-calibrate"
@@ -159,7 +159,7 @@ def _method(options: dict[str, Any]) -> str:
 
 def _run(options: dict[str, Any], quiet: bool) -> Run:
     from calib.capture import Runtime
-    from calib.pipeline import Run
+    from calib.run import Run
 
     settings = Run(
         samples=options["samples"],

@@ -1,0 +1,153 @@
+"""How a calibration is carried out: settings, which samples it sees, which files it may write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from calib.arrays import Batch
+from calib.capture import Runtime
+from calib.data import Batches, Data
+from calib.errors import DataError, OptionError, OutputError
+from calib.observations import Observations
+
+Advance = Callable[[int], None]
+Progress = Callable[[str, int | None], AbstractContextManager[Advance]]
+
+
+def _silent(_stage: str, _total: int | None) -> AbstractContextManager[Advance]:
+    return nullcontext(lambda _n: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a calibration is carried out; nothing here changes what is computed from the same
+    samples.
+
+    Args:
+        samples: calibrate on that many first samples, and compare on the others; None: on all.
+        batch_size: samples a feed, where the model leaves that free.
+        seed: of synthetic inputs, where there is no data.
+        runtime: provider and threads.
+        observations: file to read instead of observing.
+        save_observations: file to write what was observed to.
+        summary: file to write `Calibration.summary` to, as JSON.
+        force: overwrite files that exist.
+        progress: called with a stage and its number of samples; gives a function to advance it.
+    """
+
+    samples: int | None = None
+    batch_size: int = 32
+    seed: int = 0
+    runtime: Runtime = field(default_factory=Runtime)
+    observations: Path | None = None
+    save_observations: Path | None = None
+    summary: Path | None = None
+    force: bool = False
+    progress: Progress = _silent
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise OptionError(f"samples must be at least 1, got {self.samples}")
+        if self.batch_size < 1:
+            raise OptionError(f"batch-size must be at least 1, got {self.batch_size}")
+        if self.seed < 0:
+            raise OptionError(f"seed must not be negative, got {self.seed}")
+        if self.observations is not None and self.save_observations is not None:
+            raise OptionError("observations are either read or saved, not both in one run")
+
+
+@dataclass(slots=True)
+class Split:
+    """Which samples are calibrated on, and which the models are compared on."""
+
+    source: Data
+    run: Run
+    n_calibration: int | None
+    held_out: bool
+    notes: tuple[str, ...] = ()
+    first: Batch | None = None
+
+    @classmethod
+    def of(cls, source: Data, run: Run, saved: Observations | None) -> Split:
+        wanted = run.samples or (saved.n_samples if saved else None)
+        if saved is not None and wanted is not None and wanted < saved.n_samples:
+            raise OptionError(
+                f"--samples {wanted}: the observations hold {saved.n_samples} samples, fewer "
+                f"cannot be taken from them; leave --samples out, or observe again"
+            )
+        available = source.n_samples
+        if wanted is None or available is None:
+            return cls(source, run, wanted, held_out=False, notes=source.notes)
+        n = min(wanted - wanted % source.multiple, available)
+        if n == 0:
+            raise DataError(
+                f"samples must be at least {source.multiple}, the model's fixed batch, got {wanted}"
+            )
+        note = f"{run.samples} samples were asked for, {n} are used"
+        notes = (note,) if run.samples not in (None, n) else ()
+        return cls(source, run, n, n < available, (*source.notes, *notes))
+
+    def calibration(self) -> Iterator[Batch]:
+        """Batches to observe; the first is kept for what needs just one."""
+        batches = self.source.batches(0, self.n_calibration)
+        for batch in self._shown("observe", batches, self.n_calibration or self.source.n_samples):
+            self.first = self.first or batch
+            yield batch
+
+    def evaluation(self) -> Iterator[Batch]:
+        """Batches to compare on: those not calibrated on, if any are left; of a source that can
+        be gone through once only, its first."""
+        if isinstance(self.source, Batches) and self.source.once_only:
+            return iter([self.first_batch()])
+        n, available = self.n_calibration, self.source.n_samples
+        if not self.held_out:
+            return self._shown("evaluate", self.source.batches(0, n), n or available)
+        rest = (available or 0) - (n or 0)
+        return self._shown("evaluate", self.source.batches(n or 0), rest)
+
+    def _shown(self, stage: str, batches: Iterator[Batch], total: int | None) -> Iterator[Batch]:
+        """The same batches, each reported as progress once it is dealt with."""
+        with self.run.progress(stage, total) as advance:
+            for batch in batches:
+                yield batch
+                advance(batch.n_samples)
+
+    @property
+    def first_compared(self) -> int:
+        """Number of the first sample that the models are compared on."""
+        return (self.n_calibration or 0) if self.held_out else 0
+
+    def first_batch(self) -> Batch:
+        """One batch, to run a model on."""
+        self.first = self.first or next(self.source.batches(), None)
+        if self.first is None:
+            raise DataError("the calibration data holds no samples")
+        return self.first
+
+
+def check_outputs(
+    outputs: Sequence[Path | None], inputs: Sequence[str | Path | None], force: bool
+) -> None:
+    """Raises `OutputError` if an output exists and must not be overwritten, is an input, lies in
+    no directory, or is named twice."""
+    given = [Path(path).resolve() for path in inputs if path is not None]
+    wanted = [path for path in outputs if path is not None]
+    for path in wanted:
+        try:
+            resolved, exists, is_dir = path.resolve(), path.exists(), path.is_dir()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        if resolved in given:
+            what = "the input model" if resolved == given[0] else "an input"
+            raise OutputError(f"{path}: is {what}, which is never overwritten")
+        if is_dir:
+            raise OutputError(f"{path}: is a directory, a file name is needed")
+        if exists and not force:
+            raise OutputError(f"{path}: exists; choose another name, or overwrite it with --force")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: the directory {path.parent} does not exist")
+        if sum(resolved == other.resolve() for other in wanted) > 1:
+            raise OutputError(f"{path}: is named for two different outputs")
