@@ -9,7 +9,7 @@ import numpy as np
 from calib.calibrators import Calibrator, make, thresholds
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
-from calib.errors import CalibError, ObservationsError
+from calib.errors import CalibError, ModelError, ObservationsError
 from calib.granularity import to_groups
 from calib.graph import Model, Skipped
 from calib.observations import Observations
@@ -66,6 +66,8 @@ def _check_observations(observations: Observations, plan: Plan, rules: Rules) ->
 
 def _weight_record(model: Model, spec: TensorSpec, calibrator: Calibrator) -> TensorRecord:
     values = to_groups(model.weight(spec.name), spec.granularity)
+    if not np.isfinite(values).all():
+        raise ModelError("the weight holds NaN or infinity")
     dist = Samples(values)
     qtype = QuantType(spec.bits, signed=True, narrow=True)
     threshold, notes = thresholds(calibrator, dist, qtype)
@@ -83,6 +85,8 @@ def _activation_record(
         batches = observations.batches[: rules.reduction.batches]
         counters = [c for batch in batches if (c := batch[spec.name]).n_finite]
         threshold, notes = _mean_threshold(calibrator, counters, qtype, dist)
+        if len(batches) < rules.reduction.batches:
+            notes = (*notes, f"the mean of {len(batches)} batches: no more were observed")
     if qtype.bits > HISTOGRAM_BITS:
         notes = (*notes, "sqnr_db from the noise model: the counters are too coarse above 8 bits")
     if observations.counters[spec.name].min == observations.counters[spec.name].max:

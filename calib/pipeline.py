@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.calibration import calibrate
-from calib.comparison import Comparison, evaluate
+from calib.comparison import Comparison
 from calib.data import open_data
 from calib.files import whole_file
 from calib.graph import Model, load_model, quantizable_uses
@@ -93,8 +93,7 @@ def calibrate_model(
         loaded = load_model(model)
         plan = make_plan(loaded, rules)
         target = Path(output) if output else default_output(loaded, rules)
-        inputs = [loaded.path, data if isinstance(data, str | Path) else None, run.observations]
-        check_outputs([target, run.save_observations, run.summary], inputs, run.force)
+        check_outputs([target, run.save_observations, run.summary], _inputs(model, data, run), run)
         saved = Observations.load(run.observations, loaded) if run.observations else None
         split = Split.of(open_data(loaded, data, run.batch_size, run.seed), run, saved)
     with _timed("observe", seconds):
@@ -110,17 +109,12 @@ def calibrate_model(
         with _timed("verify", seconds):
             verify(loaded, quantized, written, split.first_batch(), run.runtime)
         with _timed("evaluate", seconds):
-            batches = split.evaluation()
-            comparison = evaluate(loaded, written, batches, run.runtime, split.first_compared)
+            comparison = split.compare(loaded, written)
+        sizes = loaded.n_bytes, written.stat().st_size
+        warnings = _warnings(table, comparison, data is None, saved is not None)
+        notes = (*loaded.notes, *quantized.notes, *split.notes)
         calibration = Calibration(
-            output=target,
-            table=table,
-            comparison=comparison,
-            held_out=split.held_out,
-            n_bytes=(loaded.n_bytes, written.stat().st_size),
-            seconds=seconds,
-            warnings=_warnings(table, comparison, data is None, saved is not None),
-            notes=(*loaded.notes, *quantized.notes, *split.notes),
+            target, table, comparison, split.held_out, sizes, seconds, warnings, notes
         )
         _save_beside(calibration, observations, run, files)
     return calibration
@@ -154,13 +148,19 @@ def _save_beside(
         files.enter_context(whole_file(run.summary)).write_text(text, "utf-8")
 
 
+def _inputs(model: str | Path, data: object, run: Run) -> list[Path]:
+    """The files that are read, the model first."""
+    paths = [model, data if isinstance(data, str | Path) else None, run.observations]
+    return [Path(path) for path in paths if path is not None]
+
+
 def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> dict[str, Any]:
     distributions = ("octav-calibrate", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript")
-    source = Path(data).name if isinstance(data, str | Path) else data and type(data).__name__
+    source = Path(data).name if isinstance(data, str | Path) else type(data).__name__
     return {
         "options": {
             **asdict(rules),
-            "data": source,
+            "data": None if data is None else source,
             "samples": run.samples,
             "batch_size": run.batch_size,
             "seed": run.seed,

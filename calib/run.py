@@ -9,8 +9,10 @@ from pathlib import Path
 
 from calib.arrays import Batch
 from calib.capture import Runtime
+from calib.comparison import Comparison, evaluate
 from calib.data import Batches, Data
 from calib.errors import DataError, OptionError, OutputError
+from calib.graph import Model
 from calib.observations import Observations
 
 Advance = Callable[[int], None]
@@ -72,6 +74,12 @@ class Split:
 
     @classmethod
     def of(cls, source: Data, run: Run, saved: Observations | None) -> Split:
+        """The split that ``run`` asks for, or that ``saved`` observations have made already.
+
+        Raises:
+            OptionError: if fewer samples are asked for than the observations hold.
+            DataError: if they do not fill one batch of a model that fixes it.
+        """
         wanted = run.samples or (saved.n_samples if saved else None)
         if saved is not None and wanted is not None and wanted < saved.n_samples:
             raise OptionError(
@@ -115,10 +123,10 @@ class Split:
                 yield batch
                 advance(batch.n_samples)
 
-    @property
-    def first_compared(self) -> int:
-        """Number of the first sample that the models are compared on."""
-        return (self.n_calibration or 0) if self.held_out else 0
+    def compare(self, model: Model, quantized: Path) -> Comparison:
+        """The float model against the one at ``quantized``, on `evaluation`."""
+        first = (self.n_calibration or 0) if self.held_out else 0
+        return evaluate(model, quantized, self.evaluation(), self.run.runtime, first)
 
     def first_batch(self) -> Batch:
         """One batch, to run a model on."""
@@ -128,12 +136,10 @@ class Split:
         return self.first
 
 
-def check_outputs(
-    outputs: Sequence[Path | None], inputs: Sequence[str | Path | None], force: bool
-) -> None:
+def check_outputs(outputs: Sequence[Path | None], inputs: Sequence[Path], run: Run) -> None:
     """Raises `OutputError` if an output exists and must not be overwritten, is an input, lies in
     no directory, or is named twice."""
-    given = [Path(path).resolve() for path in inputs if path is not None]
+    given = [path.resolve() for path in inputs]
     wanted = [path for path in outputs if path is not None]
     for path in wanted:
         try:
@@ -145,7 +151,7 @@ def check_outputs(
             raise OutputError(f"{path}: is {what}, which is never overwritten")
         if is_dir:
             raise OutputError(f"{path}: is a directory, a file name is needed")
-        if exists and not force:
+        if exists and not run.force:
             raise OutputError(f"{path}: exists; choose another name, or overwrite it with --force")
         if not path.parent.is_dir():
             raise OutputError(f"{path}: the directory {path.parent} does not exist")
