@@ -58,9 +58,11 @@ class Batch:
         for name, array in self.feed.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 rows = array.reshape(array.shape[0] if array.ndim else 1, -1)
-                sample = first + int(np.argmin(np.isfinite(rows).all(axis=1)))
+                row = int(np.argmin(np.isfinite(rows).all(axis=1)))
+                what = "NaN" if np.isnan(rows[row]).any() else "infinity"
                 raise DataError(
-                    f"calibration data: {name!r} holds NaN or infinity in sample {sample}"
+                    f"calibration data: {name!r} holds {what} in sample {first + row}: leave it "
+                    f"out, or mend the preprocessing"
                 )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from calib.calibrators import Calibrator, make, thresholds
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
-from calib.errors import CalibError, ModelError, ObservationsError
+from calib.errors import CalibError, ObservationsError
 from calib.granularity import to_groups
 from calib.graph import Model, Skipped
 from calib.observations import Observations
@@ -59,15 +59,13 @@ def _check_observations(observations: Observations, plan: Plan, rules: Rules) ->
         )
     if len(observations.batches) < min(rules.reduction.kept_batches, 1):
         raise ObservationsError(
-            "the observations keep no counters of single batches, which reduce=mean needs: "
-            "observe again with it"
+            "the observations keep no counters of single batches, which --reduce mean needs: "
+            "observe again with it and --save-observations"
         )
 
 
 def _weight_record(model: Model, spec: TensorSpec, calibrator: Calibrator) -> TensorRecord:
     values = to_groups(model.weight(spec.name), spec.granularity)
-    if not np.isfinite(values).all():
-        raise ModelError("the weight holds NaN or infinity")
     dist = Samples(values)
     qtype = QuantType(spec.bits, signed=True, narrow=True)
     threshold, notes = thresholds(calibrator, dist, qtype)

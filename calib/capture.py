@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from calib.errors import CalibError, ModelError, OptionError, one_line
 
 _SEVERITY_FATAL = 4
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +26,15 @@ class Runtime:
         threads: intra-op threads; 0 leaves it to onnxruntime.
 
     Raises:
-        OptionError: if threads are negative.
+        OptionError: if threads are negative or absurdly many.
     """
 
     provider: str | None = None
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise OptionError(f"threads must not be negative, got {self.threads}")
+        if not 0 <= self.threads <= _MOST_THREADS:
+            raise OptionError(f"threads must be 0 to {_MOST_THREADS}, got {self.threads}")
 
 
 class Session:

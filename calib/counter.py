@@ -45,7 +45,8 @@ class Counter:
 
     def update(self, values: NDArray[np.floating]) -> None:
         """Counts all of ``values``: any shape, float32, or converted to it."""
-        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
+            flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         for start in range(0, flat.size, _CHUNK):
             self._update(flat[start : start + _CHUNK])
 

@@ -170,7 +170,7 @@ class Histogram:
         return self._bins.rms()
 
     def quantile(self, q: float) -> Floats:
-        return self._bins.quantile(q)
+        return self.max_abs() if q >= 1 else self._bins.quantile(q)
 
     def tail(self, t: Floats) -> Tail:
         return self._bins.tail(t)

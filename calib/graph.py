@@ -105,6 +105,8 @@ def load_model(path: str | Path) -> Model:
         raise ModelError(
             f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file"
         )
+    if path.stat().st_size == 0:
+        raise ModelError(f"{path}: is empty, not an ONNX model")
     try:
         onnx.checker.check_model(str(path))
         model = ir.load(path)

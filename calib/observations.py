@@ -41,12 +41,16 @@ class Observations:
     batches: tuple[Counters, ...] = ()
 
     def save(self, path: str | Path) -> None:
-        """Writes an ``.npz``: non-empty bins only, exact statistics beside them.
+        """Writes an ``.npz``, whole or not at all.
 
         Raises:
-            OutputError: if the file cannot be written; nothing is left behind then.
+            OutputError: if the file cannot be written.
         """
-        path = Path(path)
+        with whole_file(Path(path)) as temporary:
+            self.write(temporary)
+
+    def write(self, path: Path) -> None:
+        """As `save`, straight to ``path``: non-empty bins, exact statistics beside them."""
         groups = [self.counters, *self.batches]
         manifest = {
             "schema": _SCHEMA,
@@ -64,7 +68,7 @@ class Observations:
                 arrays[f"{key}.codes"] = codes.astype(np.uint16)
                 arrays[f"{key}.counts"] = counter.counts[codes]
                 arrays[f"{key}.exact"] = np.array(exact, np.float64)
-        with whole_file(path) as temporary, temporary.open("wb") as stream:
+        with path.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
 
     @classmethod
@@ -95,7 +99,9 @@ class Observations:
         except FileNotFoundError:
             raise ObservationsError(f"{path}: no such file") from None
         except (*DAMAGED_FILE, KeyError, IndexError) as error:
-            raise ObservationsError(f"{path}: no saved observations: {one_line(error)}") from error
+            raise ObservationsError(
+                f"{path}: not a file that --save-observations wrote: {one_line(error)}"
+            ) from error
         if digest != model.sha256:
             raise ObservationsError(
                 f"{path}: observed on another model (sha256 {digest[:12]}...) "

@@ -105,7 +105,7 @@ def calibrate_model(
         quantized = write_qdq(loaded, table)
     with ExitStack() as files:
         written = files.enter_context(whole_file(target))
-        quantized.save(written)
+        quantized.write(written)
         with _timed("verify", seconds):
             verify(loaded, quantized, written, split.first_batch(), run.runtime)
         with _timed("evaluate", seconds):
@@ -142,7 +142,7 @@ def _save_beside(
 ) -> None:
     """Writes the other files that were asked for; all appear together, or none."""
     if run.save_observations is not None:
-        observations.save(files.enter_context(whole_file(run.save_observations)))
+        observations.write(files.enter_context(whole_file(run.save_observations)))
     if run.summary is not None:
         text = dumps(calibration.summary(), indent=2) + "\n"
         files.enter_context(whole_file(run.summary)).write_text(text, "utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -58,7 +59,9 @@ class Run:
         if self.seed < 0:
             raise OptionError(f"seed must not be negative, got {self.seed}")
         if self.observations is not None and self.save_observations is not None:
-            raise OptionError("observations are either read or saved, not both in one run")
+            raise OptionError(
+                "--observations and --save-observations contradict each other: read or save them"
+            )
 
 
 @dataclass(slots=True)
@@ -77,14 +80,14 @@ class Split:
         """The split that ``run`` asks for, or that ``saved`` observations have made already.
 
         Raises:
-            OptionError: if fewer samples are asked for than the observations hold.
+            OptionError: if other samples are asked for than the observations hold.
             DataError: if they do not fill one batch of a model that fixes it.
         """
         wanted = run.samples or (saved.n_samples if saved else None)
-        if saved is not None and wanted is not None and wanted < saved.n_samples:
+        if saved is not None and wanted != saved.n_samples:
             raise OptionError(
-                f"--samples {wanted}: the observations hold {saved.n_samples} samples, fewer "
-                f"cannot be taken from them; leave --samples out, or observe again"
+                f"--samples {wanted}: the observations hold {saved.n_samples} samples, neither "
+                f"more nor fewer; leave --samples out, or observe again"
             )
         available = source.n_samples
         if wanted is None or available is None:
@@ -154,6 +157,9 @@ def check_outputs(outputs: Sequence[Path | None], inputs: Sequence[Path], run: R
         if exists and not run.force:
             raise OutputError(f"{path}: exists; choose another name, or overwrite it with --force")
         if not path.parent.is_dir():
-            raise OutputError(f"{path}: the directory {path.parent} does not exist")
+            state = "is not a directory" if path.parent.exists() else "does not exist"
+            raise OutputError(f"{path}: the directory {path.parent} {state}")
+        if not os.access(path.parent, os.W_OK):
+            raise OutputError(f"{path}: the directory {path.parent} cannot be written to")
         if sum(resolved == other.resolve() for other in wanted) > 1:
             raise OutputError(f"{path}: is named for two different outputs")

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from calib.calibrators import make
 from calib.errors import ModelError, OptionError
 from calib.granularity import Granularity, PerTensor
@@ -172,7 +174,7 @@ def make_plan(model: Model, rules: Rules) -> Plan:
     """Decides for every tensor, in graph order.
 
     Raises:
-        ModelError: if the model has nothing to quantize.
+        ModelError: if the model has nothing to quantize, or a weight is not finite.
         OptionError: if the selection matches nothing, or leaves nothing.
     """
     uses, skipped = quantizable_uses(model)
@@ -183,6 +185,9 @@ def make_plan(model: Model, rules: Rules) -> Plan:
         )
     chosen, left_out = _select(uses, rules.selection)
     specs = tuple(_merge(group, rules) for group in _by_tensor(chosen).values())
+    for spec in specs:
+        if spec.kind == "weight" and not np.isfinite(model.weight(spec.name)).all():
+            raise ModelError(f"{model.path}: weight {spec.name!r} holds NaN or infinity")
     return Plan(specs, (*left_out, *skipped))
 
 

@@ -24,11 +24,14 @@ from calib.table import CalibrationTable, TensorRecord, dumps
 
 METADATA_KEY = "octav_calibrate"
 
-# onnxruntime moves a QuantizeLinear to before these, next to whatever stands there.
+# onnxruntime moves a QuantizeLinear to before these, or drops them, so that it may meet a Clip.
 _MOVED_OVER = (
+    "Cast",
+    "Dropout",
     "Flatten",
     "Identity",
     "MaxPool",
+    "Relu",
     "Reshape",
     "Slice",
     "Squeeze",
@@ -62,7 +65,11 @@ class Quantized:
             OutputError: if the file cannot be written.
         """
         with whole_file(path) as temporary:
-            ir.save(self.ir, temporary)
+            self.write(temporary)
+
+    def write(self, path: Path) -> None:
+        """As `save`, straight to ``path``."""
+        ir.save(self.ir, path)
 
 
 def write_qdq(model: Model, table: CalibrationTable) -> Quantized:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,9 +24,18 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> i
             stream.reconfigure(errors="replace")
     try:
         code = command.main(args=arguments, prog_name=name, standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (click.ClickException, CalibError) as error:
         text = error.format_message() if isinstance(error, click.ClickException) else error
         print(f"{name}: error: {one_line(text)}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:  # a full disk behind stdout, say
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until exit
+        return BAD_INPUT
+    except MemoryError:
+        print(f"{name}: error: out of memory: try a smaller --batch-size", file=sys.stderr)
         return BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)

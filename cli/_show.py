@@ -105,13 +105,14 @@ def _census(result: Calibration) -> str:
         records = [r for r in result.table.records if r.spec.kind == kind]
         widths = Counter(r.qtype.bits for r in records)
         detail = ", ".join(f"{n} at {bits} bits" for bits, n in sorted(widths.items()))
-        parts.append(f"{len(records)} {kind}s" + (f" ({detail})" if records else ""))
+        plural = kind if len(records) == 1 else f"{kind}s"
+        parts.append(f"{len(records)} {plural}" + (f" ({detail})" if records else ""))
     return ", ".join(parts)
 
 
 def _skipped_text(skipped: tuple[Skipped, ...]) -> str:
     if not skipped:
-        return "nothing that could be quantized"
+        return "nothing"
     lines = [f"{s.name}: {s.reason}" for s in skipped[:_FEW]]
     if len(skipped) > _FEW:
         lines.append(f"and {len(skipped) - _FEW} more, see --summary")

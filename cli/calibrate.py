@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,9 +109,9 @@ def command(model: Path, quiet: bool, verbose: bool, dry_run: bool, **options: A
     from ._show import show_calibration, show_warnings
 
     result = calibrate_model(model, options["data"], rules, options["output"], settings)
-    if not quiet:
-        show_calibration(result, verbose)
     show_warnings(result.warnings)
+    if not quiet and sys.stdout is not None:
+        show_calibration(result, verbose)
 
 
 def _dry_run(model: Path, rules: Rules) -> None:
@@ -124,9 +125,10 @@ def _dry_run(model: Path, rules: Rules) -> None:
 
 def _rules(options: dict[str, Any]) -> Rules:
     from calib.prepare import QUANTIZABLE_OPS
+    from calib.qtypes import check_width
     from calib.targets import Reduction, Rules, Selection, Widths
 
-    bits = options["bits"]
+    bits = check_width(options["bits"], "bits")
     op_types = options["op_types"]
     return Rules(
         widths=Widths(
@@ -141,7 +143,9 @@ def _rules(options: dict[str, Any]) -> Rules:
         selection=Selection(
             only=options["only"],
             exclude=options["exclude"],
-            op_types=tuple(op_types.split(",")) if op_types is not None else QUANTIZABLE_OPS,
+            op_types=QUANTIZABLE_OPS
+            if op_types is None
+            else tuple(name.strip() for name in op_types.split(",")),
         ),
     )
 

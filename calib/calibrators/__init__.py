@@ -75,7 +75,9 @@ def make(spec: str) -> Calibrator:
     values = _parse(factory, spec, parameters)
     try:
         return cast(Calibrator, factory(**values))
-    except TypeError as error:
+    except CalibError:
+        raise
+    except Exception as error:  # a plug-in may raise anything
         raise CalibratorError(f"calibrator {spec!r} cannot be made: {one_line(error)}") from error
 
 
@@ -163,17 +165,31 @@ def _load_plugin(name: str) -> Callable[..., object]:
 def _parse(factory: type, spec: str, parameters: str) -> dict[str, object]:
     if not parameters:
         return {}
-    fields = typing.get_type_hints(factory) if dataclasses.is_dataclass(factory) else {}
+    fields = _fields(factory, spec)
+    if not fields:
+        raise OptionError(f"{spec.partition(':')[0]} takes no parameters, got {parameters!r}")
     values: dict[str, object] = {}
     for position, item in enumerate(parameters.split(",")):
         key, equals, text = item.partition("=")
         if not equals:
             key, text = (next(iter(fields), ""), item) if position == 0 else (item, "")
         if key not in fields:
-            allowed = ", ".join(fields) or "none"
-            raise OptionError(f"{spec}: no parameter {key!r}; allowed: {allowed}")
+            raise OptionError(f"{spec}: no parameter {key!r}; allowed: {', '.join(fields)}")
+        if key in values:
+            raise OptionError(f"{spec}: {key} is given twice")
         values[key] = _convert(text.strip(), fields[key], f"{spec}: {key}")
     return values
+
+
+def _fields(factory: type, spec: str) -> dict[str, object]:
+    """Names and types of a calibrator's parameters."""
+    if not dataclasses.is_dataclass(factory):
+        return {}
+    try:
+        hints = typing.get_type_hints(factory)
+    except Exception as error:  # a plug-in may annotate with what only type checkers know
+        raise CalibratorError(f"calibrator {spec!r} cannot be made: {one_line(error)}") from error
+    return {field.name: hints[field.name] for field in dataclasses.fields(factory)}
 
 
 def _convert(text: str, hint: object, where: str) -> object:
@@ -187,4 +203,5 @@ def _convert(text: str, hint: object, where: str) -> object:
             return kind(text)
     except ValueError:
         pass
-    raise OptionError(f"{where} must be {kind.__name__}, got {text!r}")
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    raise OptionError(f"{where} must be {wanted}, got {text!r}")
