@@ -170,3 +170,28 @@ def save_model(
     model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The command, which must refuse: returns the one line on stderr, less its beginning.
+
+    Nothing may stand on stdout, and every file of the working directory must be as before.
+    """
+    before = contents(Path.cwd())
+    told = run_main(capsys, *arguments)
+    assert (told.code, told.out) == (2, "")
+    (line,) = told.err.splitlines()
+    beginning = "octav-calibrate: error: "
+    assert line.startswith(beginning)
+    assert "  " not in line, "a gap in the message"
+    assert " ," not in line, "a gap in the message"
+    after = contents(Path.cwd())
+    assert set(after) == set(before), "files came or went"
+    assert after == before, "a file was changed"
+    return line.removeprefix(beginning)
+
+
+def assert_tells(message: str, *parts: str) -> None:
+    """Every part stands in the message."""
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in: {message}"

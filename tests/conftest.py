@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from models import MODELS, Array
+from models import MODELS, Array, Feed, feed_for
 
 from calib.arrays import Batch
+from calib.calibration import calibrate
 from calib.data import open_data
 from calib.errors import DataError
 from calib.graph import Model, ValueSpec, load_model
+from calib.observations import observe
+from calib.table import CalibrationTable
+from calib.targets import Rules, Widths, make_plan
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,3 +94,19 @@ def data_refusal(model: Model, source: object, **settings: int) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def all_bits(bits: int, activations: int | None = None) -> Rules:
+    """Weights and activations, edges too, ``bits`` wide, or the activations otherwise."""
+    edge = bits if activations is None else None
+    return Rules(widths=Widths(bits, activations or bits, edge))
+
+
+def calibrated(
+    model: Model, rules: Rules, feed: Feed | None = None
+) -> tuple[CalibrationTable, Feed]:
+    """A table for ``model`` from one batch, and that batch; random where none is given."""
+    feed = feed or feed_for(ir.to_proto(model.ir), n=16)
+    plan = make_plan(model, rules)
+    observations = observe(model, [Batch(feed)], plan.activations, rules.reduction.kept_batches)
+    return calibrate(model, observations, plan, rules), feed

@@ -118,13 +118,13 @@ ATTENTION = """(float[N,4,6] tokens) => (float[N,4,6] mixed)
   mixed = MatMul(shares, value)
 }"""
 
-# One weight read by two layers, along the same axis, and once more as plain numbers.
-TIED = """(float[N,6] x) => (float[N,6] y, float[6] total) <float[6,6] weight> {
+# One weight read by two layers, along the same axis, and by a Mul.
+TIED = """(float[N,6] x) => (float[N,6] y, float[6,6] scaled) <float[6,6] weight> {
   hidden = MatMul(x, weight)
   positive = Relu(hidden)
   y = MatMul(positive, weight)
-  total = ReduceSum<keepdims=0>(weight, axis)
-}"""
+  mean = ReduceMean<keepdims=0>(x)
+  scaled = Mul(weight, mean) }"""
 
 # One weight read by two layers that want channels along different axes.
 TIED_TRANSPOSED = """(float[N,6] x) => (float[N,6] y) <float[6,6] weight, float[6] bias> {
@@ -166,8 +166,7 @@ FLOAT16_CONV = """(float[N,3,4,4] image) => (float[N,2,4,5] output) <float[4,5] 
   half = Cast<to=10>(image)
   conv = Conv(half, kernel)
   full = Cast<to=1>(conv)
-  output = MatMul(full, weight)
-}"""
+  output = MatMul(full, weight) }"""
 
 # A layer between QDQ pairs, its weight stored as integers, before a plain one.
 ALREADY_QUANTIZED = """(float[N,6] x) => (float[N,3] y) <float[4,3] weight> {
@@ -236,7 +235,7 @@ def relu6(between: str = "Identity(clipped)", rank: int = 4) -> onnx.ModelProto:
     }}"""
     kernels: Feed = {"kernel1": values(4, 3, 3, 3, scale=2), "kernel2": kernel}
     bounds: Feed = {"zero": np.array(0, np.float32), "six": np.array(6, np.float32)}
-    return parsed(text, kernels | bounds | {"flat": np.array([-1, 144]), "axis": np.array([2])})
+    return parsed(text, kernels | bounds | {"flat": np.array([-1, 144]), "one": np.array([1])})
 
 
 def weight_chain() -> onnx.ModelProto:
@@ -292,7 +291,7 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "matmul_left": partial(parsed, MATMUL_LEFT),
     "matmul_batched": partial(parsed, MATMUL_BATCHED),
     "attention": partial(parsed, ATTENTION),
-    "tied": partial(parsed, TIED, {"axis": np.array([0])}),
+    "tied": partial(parsed, TIED),
     "tied_transposed": partial(parsed, TIED_TRANSPOSED),
     "residual": partial(parsed, RESIDUAL),
     "relu6": relu6,

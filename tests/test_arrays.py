@@ -110,7 +110,7 @@ def test_files_that_cannot_be_data_are_refused(tmp_path: Path) -> None:
     picture.write_bytes(b"\x89PNG")
     kinds = "calibration data must be an .npz or .npy file"
     assert data_refusal(ONE, tmp_path / "no.npz") == f"{tmp_path / 'no.npz'}: no such file"
-    assert data_refusal(ONE, tmp_path) == f"{tmp_path}: no such file"
+    assert data_refusal(ONE, tmp_path) == f"{tmp_path}: is a directory, not a file"
     assert data_refusal(ONE, str(picture)) == f"{picture}: {kinds}"
     assert data_refusal(ONE, text).startswith(f"{text}: cannot be read: ")
     bad = tmp_path / "bad.npy"
@@ -151,6 +151,7 @@ def test_arrays_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     x, z = values(5, 6), values(5, 4)
     takes = "the model takes Nx6, with samples along the first axis"
     named = "arrays must be named after the model's inputs"
+    contiguous = "save np.ascontiguousarray of it"
     cases: list[tuple[Model, dict[str, Array], str]] = [
         (TWO, {"x": x}, f"no array for input 'z'; it holds 'x': {named}"),
         (ONE, {"images": x}, f"no array for input 'x'; it holds 'images': {named}"),
@@ -171,8 +172,7 @@ def test_arrays_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
         (ONE, {"x": x, "labels": np.ones((5, 2), int)},
          "'labels' must be one integer for each sample, got int64 (5, 2)"),
         (ONE, {"x": np.asfortranarray(x)},
-         "'x' is stored in Fortran order and cannot be read by samples: save np.ascontiguousarray "
-         + "of it"),
+         f"'x' is stored in Fortran order and cannot be read by samples: {contiguous}"),
         (ONE, {"x": np.array([[None] * 6])}, "'x' holds Python objects, only numbers can be fed"),
     ]  # fmt: skip
     for model, arrays, expected in cases:

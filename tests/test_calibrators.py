@@ -36,6 +36,7 @@ def test_the_built_in_names_come_first() -> None:
         ("octav:", Octav()),
         ("octav:paper", Octav(kappa="paper")),
         ("octav:kappa=paper,iterations=10", Octav(kappa="paper", iterations=10)),
+        ("octav:kappa= paper ", Octav(kappa="paper")),
         ("octav:paper,tolerance=1e-3", Octav(kappa="paper", tolerance=1e-3)),
         ("percentile", Percentile(99.99)),
         ("percentile:99.9", Percentile(99.9)),
@@ -56,19 +57,19 @@ AVAILABLE = "Available: octav, percentile, mse, max, entropy"
 
 
 @pytest.mark.parametrize(
-    ("spec", "start", "end"),
+    ("spec", "message"),
     [
-        ("octave", "No calibrator named 'octave'. Did you mean 'octav'? Available: ", ""),
-        ("persentile:99.9", "No calibrator named 'persentile'. Did you mean 'percentile'?", ""),
-        ("xyz", f"No calibrator named 'xyz'. {AVAILABLE}", ""),
-        ("", f"No calibrator named ''. {AVAILABLE}", ""),
+        ("octave", f"No calibrator named 'octave'. Did you mean 'octav'? {AVAILABLE}"),
+        ("percentil:9", f"No calibrator named 'percentil'. Did you mean 'percentile'? {AVAILABLE}"),
+        ("xyz", f"No calibrator named 'xyz'. {AVAILABLE}"),
+        ("", f"No calibrator named ''. {AVAILABLE}"),
     ],
 )
-def test_an_unknown_name_is_answered_with_what_exists(spec: str, start: str, end: str) -> None:
+def test_an_unknown_name_is_answered_with_what_exists(spec: str, message: str) -> None:
+    """Plug-ins of the environment may follow the built-in names."""
     with pytest.raises(CalibratorError) as caught:
         make(spec)
-    assert str(caught.value).startswith(start)
-    assert str(caught.value).endswith(end)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +80,10 @@ def test_an_unknown_name_is_answered_with_what_exists(spec: str, start: str, end
             "octav:paper,10",
             "octav:paper,10: no parameter '10'; allowed: kappa, tolerance, iterations",
         ),
-        ("mse:many", "mse:many: points must be int, got 'many'"),
-        ("mse:1.5", "mse:1.5: points must be int, got '1.5'"),
-        ("mse:points=", "mse:points=: points must be int, got ''"),
-        ("percentile:high", "percentile:high: percentile must be float, got 'high'"),
+        ("mse:many", "mse:many: points must be a whole number, got 'many'"),
+        ("mse:1.5", "mse:1.5: points must be a whole number, got '1.5'"),
+        ("mse:points=", "mse:points=: points must be a whole number, got ''"),
+        ("percentile:high", "percentile:high: percentile must be a number, got 'high'"),
         ("mse:0", "mse: points must be at least 1, got 0"),
         ("octav:iterations=-1", "octav: iterations must not be negative, got -1"),
         ("entropy:1", "entropy: bins must be at least 2, got 1"),
@@ -95,7 +96,7 @@ def test_a_parameter_that_is_unknown_or_refused_is_named(spec: str, message: str
 
 
 def test_a_calibrator_without_parameters_says_so() -> None:
-    with pytest.raises(OptionError, match=r"^max:3: .*; allowed: none$"):
+    with pytest.raises(OptionError, match=r"^max takes no parameters, got '3'$"):
         make("max:3")
 
 

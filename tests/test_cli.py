@@ -83,7 +83,7 @@ def test_the_table_tells_tensors_sizes_error_and_seconds(
     assert "6 weights (5 at 4 bits, 1 at 8 bits), 5 activations (4 at 4 bits, 1 at 8 bits)" in out
     assert re.search(r"kept float +image of stem.conv: .*'stem.conv'", out)
     before, after = ((room / n).stat().st_size for n in ("digits.onnx", "digits-w4a4.onnx"))
-    assert f"{before / 1000:.0f} kB → {after / 1000:.0f} kB ({after / before:.0%})" in out
+    assert f"{before / 1000:.0f} kB -> {after / 1000:.0f} kB ({after / before:.0%})" in out
     assert re.search(r"output SQNR +\d\d\.\d dB on 540 samples that calibration did not see", out)
     assert re.search(r"seconds +load [\d.]+, observe [\d.]+, calibrate [\d.]+, write", out)
     assert "opset raised from 17 to 21" in out
@@ -145,6 +145,45 @@ def test_a_collapsed_output_is_a_warning_that_names_the_three_worst_tensors(
     assert re.findall(r"'([^']+)'", line) == [tensor["name"] for tensor in worst]
     assert f"WARNING: output SQNR is {summary['output_sqnr_db']:.1f} dB" in line
     assert "--exclude" in line
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def test_output_and_summary_go_where_they_are_told(
+    room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (room / "sub").mkdir()
+    before = set(contents(room))
+    paths = ("sub/model.onnx", "sub/all.json", "sub/seen.npz")
+    outputs = zip(("--output", "--summary", "--save-observations"), paths, strict=True)
+    succeed(capsys, "digits.onnx", *(word for pair in outputs for word in pair))
+    assert set(contents(room)) - before == {str(Path(path)) for path in paths}
+    assert read_json("sub/all.json")["output"] == str(Path("sub/model.onnx"))
+
+
+def test_force_overwrites_all_outputs(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = ("--output", "o.onnx", "--summary", "o.json", "--save-observations", "o.npz")
+    for name in outputs[1::2]:
+        (room / name).write_text("old")
+    succeed(capsys, "digits.onnx", *outputs, "--force")
+    assert all((room / name).read_bytes() != b"old" for name in outputs[1::2])
+
+
+def test_a_dry_run_lists_everything_and_writes_nothing(
+    room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(room)
+    options = ("--bits", 4, "--weight-method", "mse:10", "--exclude", "block2.shortcut")
+    told = succeed(capsys, "digits.onnx", *options, "--dry-run", "--summary", "s.json")
+    assert contents(room) == before
+    rows = {line.split()[0]: line.split()[1:] for line in told.out.splitlines() if line.strip()}
+    assert rows["head.weight"] == ["weight", "8", "per-channel(axis=0)", "mse:10", "head"]
+    assert rows["stem.relu.out"] == ["activation", "4", "per-tensor", "octav", "block1.first.conv"]
+    skipped = [line for line in told.out.splitlines() if line.startswith("kept float: ")]
+    assert len(skipped) == 2
+    assert all("block2.shortcut" in line and "--exclude" in line for line in skipped)
+    assert told.err == ""
 
 
 # --- the summary ------------------------------------------------------------------------------

@@ -122,7 +122,11 @@ def test_a_long_path_is_printed_whole(room: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-@pytest.mark.parametrize("arguments", [JOB, ("digits.onnx", "--verbose"), ("--help",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [JOB, ("digits.onnx", "--verbose"), ("--help",)],
+    ids=["main job", "verbose", "help"],
+)
 def test_a_stdout_that_is_not_utf_8_gets_its_table_too(
     encoding: str, arguments: tuple[object, ...]
 ) -> None:
@@ -130,6 +134,22 @@ def test_a_stdout_that_is_not_utf_8_gets_its_table_too(
     assert told.code == 0, told.err
     assert "Traceback" not in told.err
     assert "digits" in told.out or "Usage" in told.out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and a device that is full")
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"], ids=["full", "closed"])
+@pytest.mark.usefixtures("room")
+def test_a_stdout_that_takes_nothing_is_no_traceback(redirection: str) -> None:
+    line = shlex.join([script(), *map(str, JOB)])
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{line} {redirection}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean_environment(),
+    )
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
 
 
 def test_an_interrupt_is_one_word_and_exit_code_130(

@@ -32,7 +32,7 @@ USES = {
         "hidden > /ConvTranspose/image edge", "last > /ConvTranspose/image edge axis 1",
     ],
     "matmul_left": ["weight > /MatMul/y edge axis 0", "hidden > /MatMul/y edge"],
-    "matmul_batched": ["hidden > /MatMul/y edge", "weight > /MatMul/y edge axis 2"],
+    "matmul_batched": ["hidden > /MatMul/y edge", "weight > /MatMul/y edge"],
     "attention": [
         "tokens > /MatMul/query edge", "weight_q > /MatMul/query edge axis 1",
         "tokens > /MatMul/key edge", "weight_k > /MatMul/key edge axis 1",
@@ -76,9 +76,7 @@ LAYERS = {
     "Gemm, weight first": ("Gemm(weight, x)", (4, 5), (3, 4), 0),
     "Gemm, weight first, transA": ("Gemm<transA=1>(weight, x)", (4, 5), (4, 3), 0),
     "MatMul": ("MatMul(x, weight)", (2, 4, 5), (5, 3), 2),
-    "MatMul, batched weight": ("MatMul(x, weight)", (2, 4, 5), (2, 5, 3), 2),
     "MatMul, weight first": ("MatMul(weight, x)", (2, 4, 5), (3, 4), 1),
-    "MatMul, batched weight first": ("MatMul(weight, x)", (2, 4, 5), (2, 3, 4), 1),
 }
 
 
@@ -105,14 +103,20 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_refused(tmp_path: Path) -> None:
-    assert message_of(tmp_path) == f"{tmp_path}: not a file"
+    assert message_of(tmp_path) == f"{tmp_path}: is a directory, not a file"
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n", b"weights: 3\n" * 50, bytes(2000)])
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n", b"weights: 3\n" * 50, bytes(2000)])
 def test_what_is_not_onnx_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     assert message_of(path).startswith(f"{path}: not a valid ONNX model: ")
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.touch()
+    assert message_of(path) == f"{path}: is empty, not an ONNX model"
 
 
 def test_a_truncated_model_is_refused(save: Save) -> None:
@@ -230,8 +234,10 @@ def along(factors: Array, axis: int, array: Array) -> Array:
     return np.asarray(array * factors.reshape(shape))
 
 
-def test_a_weight_without_channels_is_one_group(save: Save) -> None:
+def test_a_weight_without_one_axis_for_its_channels_is_one_group(save: Save) -> None:
     texts = {
+        "(float[2,4,5] x) => (float[2,4,3] y) <float[2,5,3] weight> { y = MatMul(x, weight) }",
+        "(float[2,4,5] x) => (float[2,3,5] y) <float[2,3,4] weight> { y = MatMul(weight, x) }",
         "(float[N,3] x) => (float[N] y) <float[3] weight> { y = MatMul(x, weight) }",
         "(float[4,3,2] x) => (float[2,4,8] y) <float[2,3,9] weight> { y = Conv(weight, x) }",
     }

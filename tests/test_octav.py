@@ -184,9 +184,11 @@ def test_a_coarser_tolerance_stops_earlier_and_stays_close() -> None:
 def test_equal_magnitudes_are_the_threshold(qtype: QuantType, n: int, magnitude: float) -> None:
     values = np.full(n, magnitude, np.float32)
     values[::2] *= -1
-    threshold = octav(values, qtype)
-    assert threshold == pytest.approx(float(np.float32(magnitude)), rel=1e-5)
-    assert threshold <= float(np.float32(magnitude))
+    expected = float(np.float32(magnitude))
+    for calibrator in (Octav(), Octav(iterations=9), Octav("paper", iterations=10)):
+        threshold = octav(values, qtype, calibrator)
+        assert threshold == pytest.approx(expected, rel=1e-5)
+        assert threshold <= expected * (1 + 1e-12)
 
 
 @grids

@@ -8,7 +8,7 @@ import pytest
 from conftest import Load, Save
 from hypothesis import given
 from hypothesis import strategies as st
-from models import MODELS, parsed
+from models import MODELS, gemm, parsed, values
 
 from calib.errors import CalibratorError, ModelError, OptionError
 from calib.granularity import PerChannel, PerTensor
@@ -250,3 +250,16 @@ def test_a_model_with_layers_of_other_types_says_why_it_has_nothing(save: Save) 
     model = load_model(save(parsed(text)))
     with pytest.raises(ModelError, match=r"inputs: /MatMul/y\[0\]: 'x' is double, not float32$"):
         make_plan(model, Rules())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named_where_it_would_be_quantized(
+    bad: float, save: Save
+) -> None:
+    weight = values(6, 5)
+    weight[1, 2] = bad
+    model = load_model(save(gemm(weight=weight)))
+    with pytest.raises(ModelError) as caught:
+        make_plan(model, Rules())
+    assert str(caught.value) == f"{model.path}: weight 'weight' holds NaN or infinity"
+    assert names(make_plan(model, selecting(exclude="weight"))) == ["hidden"]
