@@ -17,27 +17,12 @@ from calib.errors import ModelError, one_line
 from calib.files import whole_file
 from calib.granularity import onnx_axis
 from calib.graph import Model
-from calib.prepare import kept_interface
+from calib.prepare import QUANTIZABLE_OPS, kept_interface
 from calib.qtypes import Storage
 from calib.quantize import quantize
 from calib.table import CalibrationTable, TensorRecord, dumps
 
 METADATA_KEY = "octav_calibrate"
-
-# onnxruntime moves a QuantizeLinear to before these, or drops them, so that it may meet a Clip.
-_MOVED_OVER = (
-    "Cast",
-    "Dropout",
-    "Flatten",
-    "Identity",
-    "MaxPool",
-    "Relu",
-    "Reshape",
-    "Slice",
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +89,7 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
 
 def _storages(model: ir.Model, table: CalibrationTable) -> dict[str, Storage]:
     """How each tensor's integers are stored."""
-    clipped: set[str | None] = set()
-    for node in model.graph:
-        source = node.inputs[0] if node.inputs else None
-        moved = node.op_type in _MOVED_OVER and source is not None and source.name in clipped
-        if node.op_type == "Clip" or moved:
-            clipped.update(value.name for value in node.outputs)
+    clipped = _behind_clip(model)
 
     def storage(record: TensorRecord) -> Storage:
         narrowest = record.qtype.storage
@@ -119,6 +99,25 @@ def _storages(model: ir.Model, table: CalibrationTable) -> dict[str, Storage]:
         return record.qtype.clipped_storage if behind_clip else narrowest
 
     return {record.name: storage(record) for record in table.records}
+
+
+def _behind_clip(model: ir.Model) -> set[str | None]:
+    """Values that are a Clip's output, or made from one alone by anything but a layer.
+
+    onnxruntime moves a QuantizeLinear to before many such operators, and drops others, so that
+    it may end up behind the Clip.
+    """
+    found: set[str | None] = set()
+    for node in model.graph:
+        floats = [v.name for v in node.inputs if v is not None and _is_float_activation(v)]
+        follows = len(floats) == 1 and floats[0] in found and node.op_type not in QUANTIZABLE_OPS
+        if node.op_type == "Clip" or follows:
+            found.update(value.name for value in node.outputs)
+    return found
+
+
+def _is_float_activation(value: ir.Value) -> bool:
+    return not value.is_initializer() and (value.dtype is None or value.dtype.is_floating_point())
 
 
 def _raise_opset(model: ir.Model, storages: set[Storage]) -> tuple[str, ...]:
