@@ -38,6 +38,23 @@ INNER_OUTPUT = """(float[N,6] x) => (float[N,5] hidden, float[N,3] y, float[N,5]
   hidden = Relu(linear)
   y = MatMul(hidden, w2)
 }"""
+STEM = """(float[N,3,6,6] image) => (float[N,2,3,3] output)
+<float[4,3,3,3] kernel1, float[4,4,1,1] kernel2, float[2,4,1,1] kernel3> {{
+  first = Conv<pads=[1,1,1,1]>(image, kernel1)
+  hidden = {}(first)
+  pooled = MaxPool<kernel_shape=[2,2], strides=[2,2]>(hidden)
+  second = Conv(pooled, kernel2)
+  output = Conv(second, kernel3)
+}}"""
+BARE = """(float[N,3,6,6] image) => (float[N,2,6,6] output)
+<float[4,3,1,1] kernel1, float[4,4,1,1] kernel2, float[4,4,1,1] kernel3, float[2,4,1,1] kernel4> {{
+  first = Conv(image, kernel1)
+  hidden = {0}(first)
+  second = Conv(hidden, kernel2)
+  inner = {0}(second)
+  third = Conv(inner, kernel3)
+  output = Conv(third, kernel4)
+}}"""
 SAME_TWICE = "(float[N,4,4] x) => (float[N,4,4] y) { h = Tanh(x)\n y = MatMul(h, h) }"
 SKIPPED_BIAS = """(float[N,3,5] x) => (float[N,4,3] y) <float[4,3,3] kernel> {
   h = Relu(x)
@@ -63,6 +80,10 @@ SPECIAL: dict[str, Callable[[], onnx.ModelProto]] = {
     "volume": partial(parsed, VOLUME),
     "inner_output": partial(parsed, INNER_OUTPUT),
     "same_twice": partial(parsed, SAME_TWICE),
+    "stem": partial(parsed, STEM.format("Relu")),
+    "signed_stem": partial(parsed, STEM.format("Identity")),
+    "bare": partial(parsed, BARE.format("Relu")),
+    "signed_bare": partial(parsed, BARE.format("Identity")),
     "skipped_bias": partial(parsed, SKIPPED_BIAS),
     "taken_names": partial(parsed, TAKEN, GIVEN),
     "relu6_pooled": partial(relu6, "MaxPool<kernel_shape=[2,2]>(clipped)"),
@@ -169,6 +190,15 @@ def test_the_written_model_computes_what_the_table_says_in_odd_cases_too(
 ) -> None:
     original = SPECIAL[name]()
     check(load_model(save(original)), original, all_bits(bits), save)
+
+
+@pytest.mark.parametrize("rules", ["w4a8", "w8a4", "w2a16, edges 5"])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_the_written_model_computes_what_the_table_says_in_odd_cases_at_mixed_widths(
+    name: str, rules: str, save: Save
+) -> None:
+    original = SPECIAL[name]()
+    check(load_model(save(original)), original, MIXED[rules], save)
 
 
 @pytest.mark.parametrize("rules", MIXED)
