@@ -52,6 +52,13 @@ class Batch:
         first = next(iter(self.feed.values()))
         return int(first.shape[0]) if first.ndim else 1
 
+    def part(self, first: int, last: int) -> Batch:
+        """The samples from ``first`` to before ``last``."""
+        if (first, last) == (0, self.n_samples):
+            return self
+        feed = {name: array[first:last] for name, array in self.feed.items()}
+        return Batch(feed, None if self.labels is None else self.labels[first:last])
+
     def check_finite(self, first: int) -> None:
         """Raises `DataError` naming the sample if a float array holds NaN or infinity; ``first``
         is the number of the batch's first sample."""
@@ -120,9 +127,9 @@ class _Column:
     def read(self, start: int, stop: int, size: int) -> Iterator[Array]:
         row_shape = self.shape[1:]
         row_bytes = self.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
-        with self.open() as stream:
-            _read_header(stream)
-            try:
+        try:
+            with self.open() as stream:
+                _read_header(stream)
                 stream.seek(start * row_bytes, 1)
                 for first in range(start, stop, size):
                     rows = min(size, stop - first)
@@ -130,8 +137,8 @@ class _Column:
                     if len(block) != rows * row_bytes:
                         raise DataError(f"{self.path}: {self.name!r} ends before row {stop}")
                     yield np.frombuffer(block, self.dtype).reshape(rows, *row_shape)
-            except DAMAGED_FILE as error:
-                raise DataError(f"{self.path}: {self.name!r}: {one_line(error)}") from error
+        except DAMAGED_FILE as error:
+            raise DataError(f"{self.path}: {self.name!r}: {one_line(error)}") from error
 
 
 def _open_columns(path: Path, inputs: Sequence[ValueSpec]) -> dict[str, _Column]:
@@ -198,11 +205,8 @@ def _assemble(
     if len(set(lengths.values())) > 1:
         described = ", ".join(f"{name!r}: {n}" for name, n in lengths.items())
         raise DataError(f"{path}: arrays differ in their number of samples ({described})")
-    if labels is not None and (labels.dtype.kind not in "iu" or len(labels.shape) != 1):
-        raise DataError(
-            f"{path}: {LABELS!r} must be one integer for each sample, "
-            f"got {labels.dtype} {labels.shape}"
-        )
+    if labels is not None:
+        check_labels(str(path), labels.dtype, labels.shape)
     n_samples, notes = _whole_feeds(path, lengths[inputs[0].name], fixed)
     extra = sorted(set(columns) - set(used))
     if extra:
@@ -248,6 +252,14 @@ def check_shape(where: str, shape: tuple[int, ...], spec: ValueSpec) -> None:
         raise DataError(
             f"{where} is {found}, the model takes {declared or 'a single number'}, with samples "
             f"along the first axis"
+        )
+
+
+def check_labels(where: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Raises `DataError` unless labels of that type and shape are one integer for each sample."""
+    if dtype.kind not in "iu" or len(shape) != 1:
+        raise DataError(
+            f"{where}: {LABELS!r} must be one integer for each sample, got {dtype} {shape}"
         )
 
 

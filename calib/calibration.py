@@ -57,10 +57,11 @@ def _check_observations(observations: Observations, plan: Plan, rules: Rules) ->
             f"activation {missing[0]!r} and {len(missing) - 1} others were not observed: "
             f"observe again with the present --only, --exclude and --op-types"
         )
-    if len(observations.batches) < min(rules.reduction.kept_batches, 1):
+    asked, kept = rules.reduction.kept_batches, len(observations.batches)
+    if asked and kept < max(1, min(asked, observations.n_batches)):
         raise ObservationsError(
-            "the observations keep no counters of single batches, which --reduce mean needs: "
-            "observe again with it and --save-observations"
+            f"the observations keep counters of {kept} single batches, --reduce mean needs "
+            f"{asked}: observe again with it and --save-observations"
         )
 
 
@@ -69,6 +70,8 @@ def _weight_record(model: Model, spec: TensorSpec, calibrator: Calibrator) -> Te
     dist = Samples(values)
     qtype = QuantType(spec.bits, signed=True, narrow=True)
     threshold, notes = thresholds(calibrator, dist, qtype)
+    if qtype.bits > HISTOGRAM_BITS:
+        notes = (*notes, "sqnr_db from the raw values")
     return _record(spec, qtype, dist, threshold, notes)
 
 
@@ -84,7 +87,7 @@ def _activation_record(
         counters = [c for batch in batches if (c := batch[spec.name]).n_finite]
         threshold, notes = _mean_threshold(calibrator, counters, qtype, dist)
         if len(batches) < rules.reduction.batches:
-            notes = (*notes, f"the mean of {len(batches)} batches: no more were observed")
+            notes = (*notes, f"mean over all {len(batches)} batches that there are")
     if qtype.bits > HISTOGRAM_BITS:
         notes = (*notes, "sqnr_db from the noise model: the counters are too coarse above 8 bits")
     if observations.counters[spec.name].min == observations.counters[spec.name].max:

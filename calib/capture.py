@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class Session:
         except CalibError:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common base
-            raise ModelError(f"onnxruntime cannot load the model: {one_line(error)}") from error
+            raise ModelError(f"onnxruntime cannot load the model: {_reason(error)}") from error
         inputs = {node.name for node in self._session.get_inputs()}
         outputs = [node.name for node in self._session.get_outputs()]
         self._from_feed = [name for name in values or () if name in inputs]
@@ -91,9 +92,15 @@ class Session:
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ModelError(
-                f"onnxruntime cannot run the model on {shapes}: {one_line(error)}"
+                f"onnxruntime cannot run the model on {shapes}: {_reason(error)}"
             ) from error
         return captured | dict(zip(self._outputs, results, strict=True))
+
+
+def _reason(error: Exception) -> str:
+    """onnxruntime's message without its error code and the place in its source."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", one_line(error))
+    return re.sub(r"/\S+\.(cc|h):\d+ ", "", text)
 
 
 def version() -> tuple[int, int]:

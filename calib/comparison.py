@@ -33,11 +33,13 @@ class Comparison:
         n_samples: how many samples it was measured on.
         sqnr_db: for each floating-point output; infinite where nothing differs.
         top1: None where the data has no labels, or the model no ``(samples, classes)`` output.
+        notes: what the user should know about the comparison.
     """
 
     n_samples: int
     sqnr_db: Mapping[str, float]
     top1: Top1 | None
+    notes: tuple[str, ...] = ()
 
     @property
     def output_sqnr_db(self) -> float:
@@ -86,6 +88,7 @@ class _Totals:
     differences: dict[str, Difference] = field(default_factory=dict)
     hits: _Hits = field(default_factory=_Hits)
     n_samples: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -112,7 +115,7 @@ def evaluate(
         expected, actual = (session.run(batch.feed) for session in sessions)
         _add(totals, batch, expected, actual)
     sqnr_db = {name: difference.sqnr_db for name, difference in totals.differences.items()}
-    return Comparison(totals.n_samples, sqnr_db, totals.hits.top1())
+    return Comparison(totals.n_samples, sqnr_db, totals.hits.top1(), totals.notes)
 
 
 def check_nan(name: str, reference: NDArray[Any], actual: NDArray[Any]) -> None:
@@ -140,7 +143,10 @@ def _add(
         totals.differences.setdefault(name, Difference()).add(reference, actual[name])
     totals.n_samples += batch.n_samples
     logits = next((n for n, a in expected.items() if a.dtype.kind == "f" and a.ndim == 2), None)
-    if batch.labels is None or logits is None:
+    if batch.labels is None:
+        return
+    if logits is None:
+        totals.notes = ("labels are not used: no output of shape (samples, classes)",)
         return
     if batch.labels.shape != expected[logits].shape[:1]:
         raise DataError(

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from calib.arrays import LABELS, Array, Arrays, Batch, check_shape, listed, open_file
+from calib.arrays import (
+    LABELS,
+    Array,
+    Arrays,
+    Batch,
+    check_labels,
+    check_shape,
+    listed,
+    open_file,
+)
 from calib.errors import DataError
 from calib.graph import Model, ValueSpec
 
@@ -47,25 +56,30 @@ class Batches:
 
     source: Any
     inputs: tuple[ValueSpec, ...]
-    n_samples: None = None
-    multiple: int = 1
-    notes: tuple[str, ...] = ()
+    n_samples: ClassVar[None] = None
+    multiple: ClassVar[int] = 1
+    notes: ClassVar[tuple[str, ...]] = ()
 
     @property
     def once_only(self) -> bool:
         """Whether a second pass would find nothing."""
-        return hasattr(self.source, "get_next") or iter(self.source) is self.source
+        return hasattr(self.source, "get_next") or isinstance(self.source, Iterator)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        if start:
-            raise DataError("samples of an iterable cannot be addressed: pass it whole")
+        """Batches that reach beyond ``start`` or ``stop`` are cut there, unless the model fixes
+        their size."""
         seen = 0
+        whole = bool(_fixed_first_axes(self.inputs))
         for number, item in enumerate(_iterate(self.source)):
             if stop is not None and seen >= stop:
                 return
             batch = _as_batch(item, self.inputs, f"batch {number}")
+            first, last = max(start - seen, 0), batch.n_samples
+            if stop is not None:
+                last = min(last, stop - seen)
             seen += batch.n_samples
-            yield batch
+            if first < last:
+                yield batch if whole else batch.part(first, last)
 
 
 def open_data(model: Model, source: object, batch_size: int = 32, seed: int = 0) -> Data:
@@ -90,6 +104,10 @@ def open_data(model: Model, source: object, batch_size: int = 32, seed: int = 0)
     if not isinstance(source, str | Path):
         if not isinstance(source, Iterable) and not hasattr(source, "get_next"):
             raise DataError(f"data must be a path or an iterable of batches, got {source!r}")
+        if isinstance(source, Mapping):
+            raise DataError(
+                "data must be an iterable of batches, got one mapping: wrap it in a list"
+            )
         return Batches(source, model.inputs)
     fixed = _fixed_first_axes(model.inputs)
     if len(fixed) > 1:
@@ -169,6 +187,8 @@ def _as_batch(item: Any, inputs: tuple[ValueSpec, ...], where: str) -> Batch:
                 f"{where}: {spec.name!r} is {feed[spec.name].dtype}, the model takes {spec.dtype}"
             )
         check_shape(f"{where}: {spec.name!r}", feed[spec.name].shape, spec)
+    if labels is not None:
+        check_labels(where, labels.dtype, labels.shape)
     return Batch({spec.name: feed[spec.name] for spec in inputs}, labels)
 
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from calib.errors import OutputError, one_line
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an `OSError` of the block into an `OutputError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise OutputError(f"{path}: cannot be written: {reason}") from error
 
 
 @contextmanager
@@ -15,14 +25,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path in the directory of ``path``, renamed to it when the block ends well.
 
     Raises:
-        OutputError: if the file system refuses; nothing is left behind then.
+        OutputError: if it cannot be renamed. Nothing is left behind when anything fails.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise OutputError(f"{path}: cannot be written: {reason}") from error
+        with writing(path):
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

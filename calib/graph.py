@@ -110,12 +110,16 @@ def load_model(path: str | Path) -> Model:
     try:
         onnx.checker.check_model(str(path))
         model = ir.load(path)
+        if "ai.onnx" in model.opset_imports:  # another name of the default domain
+            model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
         files = [path, *_external_files(model, path)]
         digest, n_bytes = _digest(files)
         ir.external_data.load_to_model(model)
         notes = prepare(model)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # protobuf, checker and passes each raise types of their own
         raise ModelError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
     return Model(path, digest, n_bytes, model, notes)

@@ -15,7 +15,7 @@ from calib.arrays import DAMAGED_FILE, Batch
 from calib.capture import Runtime, Session
 from calib.counter import Counter
 from calib.errors import DataError, ModelError, ObservationsError, one_line
-from calib.files import whole_file
+from calib.files import whole_file, writing
 from calib.graph import Model
 
 _SCHEMA = 1
@@ -33,12 +33,14 @@ class Observations:
         n_samples: how many samples were seen.
         counters: one for each activation, all samples together.
         batches: the same for each of the first few batches alone, where that was asked for.
+        n_batches: how many batches were seen.
     """
 
     model_sha256: str
     n_samples: int
     counters: Counters
     batches: tuple[Counters, ...] = ()
+    n_batches: int = 0
 
     def save(self, path: str | Path) -> None:
         """Writes an ``.npz``, whole or not at all.
@@ -46,7 +48,7 @@ class Observations:
         Raises:
             OutputError: if the file cannot be written.
         """
-        with whole_file(Path(path)) as temporary:
+        with writing(Path(path)), whole_file(Path(path)) as temporary:
             self.write(temporary)
 
     def write(self, path: Path) -> None:
@@ -58,6 +60,7 @@ class Observations:
             "n_samples": self.n_samples,
             "names": list(self.counters),
             "batches": len(self.batches),
+            "n_batches": self.n_batches,
         }
         arrays: dict[str, Any] = {_MANIFEST: np.frombuffer(json.dumps(manifest).encode(), np.uint8)}
         for group, counters in enumerate(groups):
@@ -95,7 +98,8 @@ class Observations:
                     }
                     for group in range(1 + manifest["batches"])
                 ]
-                digest, n_samples = str(manifest["model_sha256"]), int(manifest["n_samples"])
+                digest = str(manifest["model_sha256"])
+                n_samples, n_batches = int(manifest["n_samples"]), int(manifest["n_batches"])
         except FileNotFoundError:
             raise ObservationsError(f"{path}: no such file") from None
         except (*DAMAGED_FILE, KeyError, IndexError) as error:
@@ -107,7 +111,7 @@ class Observations:
                 f"{path}: observed on another model (sha256 {digest[:12]}...) "
                 f"than {model.path} ({model.sha256[:12]}...): observe again"
             )
-        return cls(model.sha256, n_samples, groups[0], tuple(groups[1:]))
+        return cls(model.sha256, n_samples, groups[0], tuple(groups[1:]), n_batches)
 
 
 def observe(
@@ -129,7 +133,7 @@ def observe(
     session = Session(model.ir, runtime, values=names)
     total: Counters = {name: Counter() for name in names}
     kept: list[Counters] = []
-    n_samples = 0
+    n_samples = n_batches = 0
     for batch in batches:
         batch.check_finite(n_samples)
         counters = total
@@ -140,12 +144,13 @@ def observe(
             counters[name].update(values)
             _check_counter(name, counters[name], n_samples)
         n_samples += batch.n_samples
+        n_batches += 1
     if n_samples == 0:
         raise DataError("the calibration data holds no samples")
     for counters in kept:
         for name, counter in counters.items():
             total[name].merge(counter)
-    return Observations(model.sha256, n_samples, total, tuple(kept))
+    return Observations(model.sha256, n_samples, total, tuple(kept), n_batches)
 
 
 def _check_counter(name: str, counter: Counter, first: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from calib.calibration import calibrate
 from calib.comparison import Comparison
 from calib.data import open_data
-from calib.files import whole_file
+from calib.files import whole_file, writing
 from calib.graph import Model, load_model, quantizable_uses
 from calib.observations import Observations, observe
 from calib.run import Run, Split, check_outputs
@@ -105,14 +105,15 @@ def calibrate_model(
         quantized = write_qdq(loaded, table)
     with ExitStack() as files:
         written = files.enter_context(whole_file(target))
-        quantized.write(written)
+        with writing(target):
+            quantized.write(written)
         with _timed("verify", seconds):
             verify(loaded, quantized, written, split.first_batch(), run.runtime)
         with _timed("evaluate", seconds):
             comparison = split.compare(loaded, written)
         sizes = loaded.n_bytes, written.stat().st_size
         warnings = _warnings(table, comparison, data is None, saved is not None)
-        notes = (*loaded.notes, *quantized.notes, *split.notes)
+        notes = (*loaded.notes, *quantized.notes, *split.notes, *comparison.notes)
         calibration = Calibration(
             target, table, comparison, split.held_out, sizes, seconds, warnings, notes
         )
@@ -140,12 +141,14 @@ def _observe(model: Model, split: Split, plan: Plan, rules: Rules) -> Observatio
 def _save_beside(
     calibration: Calibration, observations: Observations, run: Run, files: ExitStack
 ) -> None:
-    """Writes the other files that were asked for; all appear together, or none."""
+    """Writes the other files that were asked for; they appear with the model."""
     if run.save_observations is not None:
-        observations.write(files.enter_context(whole_file(run.save_observations)))
+        with writing(run.save_observations):
+            observations.write(files.enter_context(whole_file(run.save_observations)))
     if run.summary is not None:
         text = dumps(calibration.summary(), indent=2) + "\n"
-        files.enter_context(whole_file(run.summary)).write_text(text, "utf-8")
+        with writing(run.summary):
+            files.enter_context(whole_file(run.summary)).write_text(text, "utf-8")
 
 
 def _inputs(model: str | Path, data: object, run: Run) -> list[Path]:
@@ -188,7 +191,7 @@ def _warnings(
     elif synthetic:
         warnings.append("NO DATA: the models were compared on made-up inputs; give --data")
     sqnr_db = comparison.output_sqnr_db
-    if sqnr_db < _LOW_SQNR_DB:
+    if sqnr_db < _LOW_SQNR_DB and not (synthetic and observed):
         worst = ", ".join(f"{r.name!r} ({r.sqnr_db:.1f} dB)" for r in table.worst(3))
         warnings.append(
             f"output SQNR is {sqnr_db:.1f} dB, accuracy has likely collapsed. Worst tensors: "

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from calib.arrays import Batch
@@ -52,6 +53,9 @@ class Run:
     progress: Progress = _silent
 
     def __post_init__(self) -> None:
+        for name in ("observations", "save_observations", "summary"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else Path(path))
         if self.samples is not None and self.samples < 1:
             raise OptionError(f"samples must be at least 1, got {self.samples}")
         if self.batch_size < 1:
@@ -114,10 +118,15 @@ class Split:
         if isinstance(self.source, Batches) and self.source.once_only:
             return iter([self.first_batch()])
         n, available = self.n_calibration, self.source.n_samples
+        if available is None and n is not None:
+            rest = self.source.batches(n)
+            head = next(rest, None)
+            self.held_out = head is not None
+            if head is not None:
+                return self._shown("evaluate", chain([head], rest), None)
         if not self.held_out:
             return self._shown("evaluate", self.source.batches(0, n), n or available)
-        rest = (available or 0) - (n or 0)
-        return self._shown("evaluate", self.source.batches(n or 0), rest)
+        return self._shown("evaluate", self.source.batches(n or 0), (available or 0) - (n or 0))
 
     def _shown(self, stage: str, batches: Iterator[Batch], total: int | None) -> Iterator[Batch]:
         """The same batches, each reported as progress once it is dealt with."""
@@ -128,8 +137,9 @@ class Split:
 
     def compare(self, model: Model, quantized: Path) -> Comparison:
         """The float model against the one at ``quantized``, on `evaluation`."""
+        batches = self.evaluation()
         first = (self.n_calibration or 0) if self.held_out else 0
-        return evaluate(model, quantized, self.evaluation(), self.run.runtime, first)
+        return evaluate(model, quantized, batches, self.run.runtime, first)
 
     def first_batch(self) -> Batch:
         """One batch, to run a model on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from onnxscript import version_converter
 
 from calib.errors import ModelError, one_line
-from calib.files import whole_file
+from calib.files import whole_file, writing
 from calib.granularity import onnx_axis
 from calib.graph import Model
 from calib.prepare import QUANTIZABLE_OPS, kept_interface
@@ -49,7 +50,7 @@ class Quantized:
         Raises:
             OutputError: if the file cannot be written.
         """
-        with whole_file(path) as temporary:
+        with writing(path), whole_file(path) as temporary:
             self.write(temporary)
 
     def write(self, path: Path) -> None:
@@ -89,35 +90,49 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
 
 def _storages(model: ir.Model, table: CalibrationTable) -> dict[str, Storage]:
     """How each tensor's integers are stored."""
-    clipped = _behind_clip(model)
+    mishandled = _moved_to(model) | _read_with_int8_weights(table)
 
     def storage(record: TensorRecord) -> Storage:
         narrowest = record.qtype.storage
         if record.spec.kind == "weight":
             return narrowest
-        behind_clip = record.name in clipped or record.qtype.exceeds(narrowest)
-        return record.qtype.clipped_storage if behind_clip else narrowest
+        wider = record.name in mishandled or record.qtype.exceeds(narrowest)
+        return record.qtype.clipped_storage if wider else narrowest
 
     return {record.name: storage(record) for record in table.records}
 
 
-def _behind_clip(model: ir.Model) -> set[str | None]:
-    """Values that are a Clip's output, or made from one alone by anything but a layer.
+def _moved_to(model: ir.Model) -> set[str | None]:
+    """Values that a Clip or a MaxPool gives, or that are made from one by anything but a layer.
 
-    onnxruntime moves a QuantizeLinear to before many such operators, and drops others, so that
-    it may end up behind the Clip.
+    onnxruntime 1.31 moves a QuantizeLinear to before many such operators, and drops others, and
+    then cannot load a 4-bit one behind the Clip, or before the MaxPool.
     """
     found: set[str | None] = set()
     for node in model.graph:
         floats = [v.name for v in node.inputs if v is not None and _is_float_activation(v)]
         follows = len(floats) == 1 and floats[0] in found and node.op_type not in QUANTIZABLE_OPS
-        if node.op_type == "Clip" or follows:
+        if node.op_type in ("Clip", "MaxPool") or follows:
             found.update(value.name for value in node.outputs)
     return found
 
 
 def _is_float_activation(value: ir.Value) -> bool:
     return not value.is_initializer() and (value.dtype is None or value.dtype.is_floating_point())
+
+
+def _read_with_int8_weights(table: CalibrationTable) -> set[str]:
+    """Activations of layers whose weights are stored in 8 bits.
+
+    onnxruntime 1.31 makes a QLinearConv of such a Conv, which it then cannot load with 4-bit data.
+    """
+    readers = {
+        name
+        for record in table.records
+        if record.spec.kind == "weight" and record.qtype.storage.bits == 8
+        for name in record.spec.consumers
+    }
+    return {r.name for r in table.records if not readers.isdisjoint(r.spec.consumers)}
 
 
 def _raise_opset(model: ir.Model, storages: set[Storage]) -> tuple[str, ...]:
@@ -128,12 +143,16 @@ def _raise_opset(model: ir.Model, storages: set[Storage]) -> tuple[str, ...]:
     if before >= needed:
         return ()
     names = ", ".join(sorted(s.name for s in storages if s.opset == needed))
+    logger = logging.getLogger("onnxscript.version_converter")
+    silenced, logger.disabled = logger.disabled, True  # our note says all that it warns of
     try:
         version_converter.convert_version(model, needed, fallback=True)
     except Exception as error:  # the converter raises types of its own
         raise ModelError(
             f"opset {before} cannot be raised to {needed}, which {names} needs: {one_line(error)}"
         ) from error
+    finally:
+        logger.disabled = silenced
     if model.opset_imports[""] != needed:
         raise ModelError(
             f"opset {before} cannot be raised to {needed}, which {names} needs: export the model "

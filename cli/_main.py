@@ -18,7 +18,7 @@ _INTERRUPTED = 130
 
 
 def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
-    """Runs ``command`` and returns its exit code: 0 done, 1 a gate not met, 2 bad input."""
+    """Runs ``command`` and returns its exit code: 0 done, 2 bad input, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal cannot show
             stream.reconfigure(errors="replace")

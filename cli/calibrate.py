@@ -136,8 +136,8 @@ def _rules(options: dict[str, Any]) -> Rules:
             activations=_or(options["activation_bits"], bits),
             edge=options["edge_bits"],
         ),
-        method=_method(options),
-        weight_method=options["weight_method"],
+        method=_with_percentile(options["method"], options) or "",
+        weight_method=_with_percentile(options["weight_method"], options),
         weight_granularity=options["weight_granularity"],
         reduction=Reduction(options["reduction"], options["mean_batches"]),
         selection=Selection(
@@ -150,14 +150,16 @@ def _rules(options: dict[str, Any]) -> Rules:
     )
 
 
-def _method(options: dict[str, Any]) -> str:
-    method, percentile = str(options["method"]), options["percentile"]
-    if percentile is None:
-        return method
-    if method != "percentile":
+def _with_percentile(method: str | None, options: dict[str, Any]) -> str | None:
+    """``method`` with the value of --percentile, if it is the one that takes it."""
+    percentile = options["percentile"]
+    methods = options["method"], options["weight_method"]
+    if percentile is not None and "percentile" not in methods:
         raise click.UsageError(
-            f"--percentile belongs to --method percentile, the method is {method!r}"
+            f"--percentile belongs to --method percentile, the method is {options['method']!r}"
         )
+    if percentile is None or method != "percentile":
+        return method
     return f"percentile:{percentile}"
 
 

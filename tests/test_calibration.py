@@ -151,8 +151,8 @@ def test_batches_that_are_all_zero_are_left_out_of_the_mean_and_a_note_says_so()
 def test_the_mean_needs_counters_of_single_batches() -> None:
     rules = Rules(reduction=Reduction("mean", 2))
     message = (
-        "the observations keep no counters of single batches, which --reduce mean needs: observe "
-        "again with it and --save-observations"
+        "the observations keep counters of 0 single batches, --reduce mean needs 2: observe again "
+        "with it and --save-observations"
     )
     with pytest.raises(ObservationsError, match=f"^{message}$"):
         from_batches([values(4, 6)], rules, keep=0)

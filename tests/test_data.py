@@ -114,7 +114,7 @@ def test_an_iterable_is_read_batch_by_batch_and_no_further_than_asked() -> None:
     batches = open_data(ONE, source()).batches(0, 10)
     next(batches)
     assert taken == [0]
-    assert sum(batch.n_samples for batch in batches) == 8
+    assert sum(batch.n_samples for batch in batches) == 6
     assert len(taken) <= 4
 
 
@@ -133,9 +133,48 @@ def test_batches_that_do_not_fit_the_model_are_refused() -> None:
         assert data_refusal(model, source) == expected
 
 
-def test_samples_of_an_iterable_cannot_be_addressed() -> None:
-    with pytest.raises(DataError, match="cannot be addressed: pass it whole"):
-        next(open_data(ONE, [values(3, 6)]).batches(1))
+def test_batches_of_an_iterable_are_cut_where_the_samples_asked_for_begin_and_end() -> None:
+    rows = values(12, 6)
+    data = open_data(ONE, [(rows[i : i + 4], np.arange(i, i + 4)) for i in (0, 4, 8)])
+    found = list(data.batches(2, 9))
+    assert [batch.n_samples for batch in found] == [2, 4, 1]
+    assert np.array_equal(np.concatenate([batch.feed["x"] for batch in found]), rows[2:9])
+    assert np.array_equal(
+        np.concatenate([b.labels for b in found if b.labels is not None]), range(2, 9)
+    )
+
+
+def test_batches_whose_size_the_model_fixes_are_not_cut() -> None:
+    fixed = model_taking(("x", "float32", (4, 6)))
+    data = open_data(fixed, [values(4, 6, seed=s) for s in range(3)])
+    assert [batch.n_samples for batch in data.batches(2, 6)] == [4, 4]
+
+
+@pytest.mark.parametrize("labels", [np.full(3, "cat"), np.zeros(3), np.zeros((3, 1), int)])
+def test_labels_of_a_batch_must_be_one_integer_for_each_sample(labels: Array) -> None:
+    data = open_data(ONE, [(values(3, 6), labels)])
+    with pytest.raises(DataError, match=r"^batch 0: 'labels' must be one integer for each sample"):
+        next(data.batches())
+
+
+def test_one_mapping_is_no_iterable_of_batches() -> None:
+    with pytest.raises(DataError, match="got one mapping: wrap it in a list"):
+        open_data(ONE, {"x": values(3, 6)})
+
+
+def test_asking_whether_a_source_ends_does_not_start_it() -> None:
+    class Loader:
+        started = 0
+
+        def __iter__(self) -> Iterator[Array]:
+            self.started += 1
+            yield values(3, 6)
+
+    source = Loader()
+    data = open_data(ONE, source)
+    assert isinstance(data, Batches)
+    assert not data.once_only
+    assert source.started == 0
 
 
 # --- synthetic inputs ---------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_observations_that_do_not_serve_leave_nothing_behind(folder: Path, save:
     calibrate_model(folder / "model.onnx", run=Run(save_observations=folder / "own.npz"))
     for name, rules, message in (
         ("other", Rules(), "observed on another model"),
-        ("own", Rules(reduction=Reduction("mean")), "keep no counters of single batches"),
+        ("own", Rules(reduction=Reduction("mean")), "keep counters of 0 single batches"),
     ):
         settings = Run(observations=folder / f"{name}.npz", force=True)
         refused(
@@ -231,7 +231,7 @@ def test_labels_that_do_not_fit_leave_nothing_behind(folder: Path) -> None:
         folder,
         DataError,
         lambda: calibrate_model(folder / "model.onnx", batches, run=all_outputs(folder)),
-        "^labels have shape ",
+        "^batch 0: 'labels' must be one integer for each sample",
     )
 
 

@@ -170,7 +170,7 @@ def _parse(factory: type, spec: str, parameters: str) -> dict[str, object]:
         raise OptionError(f"{spec.partition(':')[0]} takes no parameters, got {parameters!r}")
     values: dict[str, object] = {}
     for position, item in enumerate(parameters.split(",")):
-        key, equals, text = item.partition("=")
+        key, equals, text = item.strip().partition("=")
         if not equals:
             key, text = (next(iter(fields), ""), item) if position == 0 else (item, "")
         if key not in fields:
