@@ -228,7 +228,7 @@ class _Writer:
             ends = {"min": record.qtype.qmin, "max": record.qtype.qmax}
             with np.errstate(over="ignore"):  # beyond float32 on one side there is no value to clip
                 bounds = [
-                    self._constant(f"{record.name}_clip_{end}", record.scale.reshape(()) * level)
+                    self._constant(f"{record.name}_clip_{end}", np.float32(level) * record.scale[0])
                     for end, level in ends.items()
                 ]
             source = self._node("Clip", [value, *bounds], f"{record.name}_clipped", value)

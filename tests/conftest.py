@@ -15,6 +15,7 @@ from models import MODELS, Array, Feed, feed_for
 
 from calib.arrays import Batch
 from calib.calibration import calibrate
+from calib.capture import version
 from calib.data import open_data
 from calib.errors import DataError
 from calib.graph import Model, ValueSpec, load_model
@@ -38,6 +39,12 @@ def fixtures_dir() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+def needs_onnxruntime(major: int, minor: int) -> None:
+    """Skips a test of what older versions compute otherwise, or cannot run."""
+    if version() < (major, minor):
+        pytest.skip(f"onnxruntime before {major}.{minor} behaves otherwise here")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import Load, Save, all_bits, calibrated
+from conftest import Load, Save, all_bits, calibrated, needs_onnxruntime
 from models import CONV_BIAS, MODELS, Array, Feed, parsed, values
 from onnx import helper, numpy_helper
 
@@ -197,6 +197,7 @@ def biased(save: Save, tmp_path: Path) -> tuple[Model, Quantized, Path, Batch]:
 def test_levels_that_differ_are_an_error_that_names_the_first_tensor(
     biased: tuple[Model, Quantized, Path, Batch],
 ) -> None:
+    needs_onnxruntime(1, 31)
     with pytest.raises(VerificationError) as caught:
         verify(*biased)
     assert re.fullmatch(
@@ -224,6 +225,7 @@ def test_a_matmul_of_which_the_weight_alone_is_quantized_is_hinted_at(
     load: Load, tmp_path: Path
 ) -> None:
     """At 8 bits onnxruntime 1.31 runs it as MatMulNBits, on activations that it rounds itself."""
+    needs_onnxruntime(1, 31)
     quantized, batch = written(load("two_inputs"), Rules(selection=Selection(only="^weight_x$")))
     quantized.save(tmp_path / "written.onnx")
     with pytest.raises(VerificationError, match=r"; no quantized .* Of '/MatMul/a' only the wei"):

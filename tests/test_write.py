@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import Load, Save, all_bits, calibrated
+from conftest import Load, Save, all_bits, calibrated, needs_onnxruntime
 from models import MODELS, Array, Feed, parsed, relu6, run, values
 from onnx import TensorProto, helper, numpy_helper
 
@@ -206,6 +206,7 @@ def test_the_written_model_computes_what_the_table_says_in_odd_cases_at_mixed_wi
 def test_the_written_model_computes_what_the_table_says_at_mixed_widths(
     name: str, rules: str, load: Load, save: Save
 ) -> None:
+    needs_onnxruntime(1, 31)
     check(load(name), MODELS[name](), MIXED[rules], save)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import Load, Save, all_bits, calibrated
+from conftest import Load, Save, all_bits, calibrated, needs_onnxruntime
 from models import CONV_BIAS, MODELS, feed_for, if_subgraph, parsed, run, values, weights_are_inputs
 from onnx import helper
 
@@ -101,6 +101,7 @@ def test_the_file_shrinks_with_the_width(save: Save, tmp_path: Path) -> None:
 def test_the_opset_is_raised_as_far_as_the_types_need_and_a_note_says_so(
     before: int, bits: int, after: int, types: str | None, save: Save
 ) -> None:
+    needs_onnxruntime(1, 31)
     original = parsed(CONV_BIAS, opset=before, ir_version=4)
     quantized = written(save(original), all_bits(bits))
     model = ir.to_proto(quantized.ir)
