@@ -111,11 +111,11 @@ def _without_pairs(model: Model, quantized: Quantized, written: ir.Model) -> ir.
     return written
 
 
-def _check_unpaired(expected: Values, prepared: Values) -> None:
+def _check_unpaired(expected: Values, unpaired: Values) -> None:
     for name, reference in expected.items():
         if reference.dtype.kind == "f":
             check_nan(name, reference, reference)
-        if (found := _sqnr_db(expected, prepared, name)) < _UNPAIRED_DB:
+        if (found := _sqnr_db(expected, unpaired, name)) < _UNPAIRED_DB:
             raise VerificationError(
                 f"apart from its QDQ pairs the written model does not compute what the original "
                 f"does: SQNR {found:.1f} dB in output {name!r}, at least {_UNPAIRED_DB:.0f} "

@@ -72,7 +72,7 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
     quantized = model.ir.clone()
     storages = _storages(quantized, table)
     with kept_interface(quantized):
-        notes = _raise_opset(quantized, set(storages.values()))
+        notes = (*_widened(table, storages), *_raise_opset(quantized, set(storages.values())))
     writer = _Writer(quantized, storages)
     consumers = {name for record in table.records for name in record.spec.consumers}
     for node in list(quantized.graph):
@@ -100,6 +100,21 @@ def _storages(model: ir.Model, table: CalibrationTable) -> dict[str, Storage]:
         return record.qtype.clipped_storage if wider else narrowest
 
     return {record.name: storage(record) for record in table.records}
+
+
+def _widened(table: CalibrationTable, storages: dict[str, Storage]) -> tuple[str, ...]:
+    """A note where activations with a type of their own are stored in a wider one."""
+    names = [
+        record.name
+        for record in table.records
+        if not record.qtype.exceeds(record.qtype.storage)
+        and storages[record.name] != record.qtype.storage
+    ]
+    note = (
+        f"4-bit activations that are stored in 8 bits, as onnxruntime cannot load 4-bit ones "
+        f"there: {len(names)}, the first {names[:1]}"
+    )
+    return (note,) if names else ()
 
 
 def _moved_to(model: ir.Model) -> set[str | None]:

@@ -95,6 +95,14 @@ def test_labels_that_serve_nothing_are_noted(save: Save) -> None:
     assert any(note.startswith("labels are not used") for note in result.notes)
 
 
+def test_a_4_bit_activation_stored_in_8_bits_is_noted_and_others_are_not(save: Save) -> None:
+    for name, noted in (("relu6", True), ("conv_bn_relu", False)):
+        path = save(MODELS[name]())
+        feed = feed_for(MODELS[name](), 8)
+        result = calibrate_model(path, [feed], all_bits(4), path.with_name(f"{name}-q.onnx"))
+        assert any("stored in 8 bits" in note for note in result.notes) == noted
+
+
 def test_paths_may_be_strings(model: Path) -> None:
     folder = model.parent
     run_ = Run(summary=f"{folder}/s.json", save_observations=f"{folder}/o.npz")  # type: ignore[arg-type]
