@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from calib.calibrators import Calibrator as Calibrator
     from calib.comparison import Comparison as Comparison
     from calib.comparison import evaluate as evaluate
+    from calib.config import Config as Config
+    from calib.data import Reading as Reading
     from calib.data import open_data as open_data
     from calib.distribution import Distribution as Distribution
     from calib.distribution import Histogram as Histogram
@@ -26,17 +28,19 @@ if TYPE_CHECKING:
     from calib.errors import CalibError as CalibError
     from calib.graph import Model as Model
     from calib.graph import load_model as load_model
+    from calib.images import Preprocessing as Preprocessing
     from calib.observations import Observations as Observations
     from calib.observations import observe as observe
     from calib.pipeline import Calibration as Calibration
     from calib.pipeline import calibrate_model as calibrate_model
     from calib.qtypes import QuantType as QuantType
+    from calib.rules import Reduction as Reduction
+    from calib.rules import Rules as Rules
+    from calib.rules import Selection as Selection
+    from calib.rules import TensorRule as TensorRule
+    from calib.rules import Widths as Widths
     from calib.run import Run as Run
     from calib.table import CalibrationTable as CalibrationTable
-    from calib.targets import Reduction as Reduction
-    from calib.targets import Rules as Rules
-    from calib.targets import Selection as Selection
-    from calib.targets import Widths as Widths
     from calib.targets import make_plan as make_plan
     from calib.verification import verify as verify
     from calib.write import write_qdq as write_qdq
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 _HOME = {
     "calibrate": "calibration",
     "Calibrator": "calibrators",
+    "Config": "config",
+    "Reading": "data",
     "open_data": "data",
     "Distribution": "distribution",
     "Histogram": "distribution",
@@ -53,6 +59,7 @@ _HOME = {
     "evaluate": "comparison",
     "Model": "graph",
     "load_model": "graph",
+    "Preprocessing": "images",
     "Observations": "observations",
     "observe": "observations",
     "Calibration": "pipeline",
@@ -60,10 +67,11 @@ _HOME = {
     "calibrate_model": "pipeline",
     "QuantType": "qtypes",
     "CalibrationTable": "table",
-    "Reduction": "targets",
-    "Rules": "targets",
-    "Selection": "targets",
-    "Widths": "targets",
+    "Reduction": "rules",
+    "Rules": "rules",
+    "Selection": "rules",
+    "TensorRule": "rules",
+    "Widths": "rules",
     "make_plan": "targets",
     "verify": "verification",
     "write_qdq": "write",

@@ -1,26 +1,22 @@
-"""Calibration data in ``.npz`` and ``.npy`` files, read in chunks and never whole.
-
-The first axis of every array runs over samples.
-"""
+"""What a model is fed: batches, what it takes at a time, and data that comes in parts."""
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from calib.errors import DataError, one_line
-from calib.graph import ValueSpec
+from calib.errors import DataError
+from calib.graph import Model, ValueSpec
 
 Array = NDArray[Any]
-Reader = Callable[[int, int, int], Iterator[Array]]
 LABELS = "labels"
 
 # What zipfile, zlib and NumPy raise on files that are cut off, damaged, encrypted or no npz.
@@ -40,31 +36,54 @@ DAMAGED_FILE = (
 class Batch:
     """One feed: arrays by input name, and the class of each sample where it is known.
 
-    ``labels`` is ``(samples,)`` of integers, or None.
+    ``labels`` is ``(samples,)`` of integers, or None. ``restart``: a sequence starts here, and
+    inputs that are fed back start anew. ``whole``: inputs whose first axis, if they have one, does
+    not run over samples.
     """
 
     feed: Mapping[str, Array]
     labels: Array | None = None
+    restart: bool = False
+    whole: frozenset[str] = frozenset()
 
     @property
     def n_samples(self) -> int:
-        """Length of the first axis of the first input; 1 where that has no axes."""
-        first = next(iter(self.feed.values()))
-        return int(first.shape[0]) if first.ndim else 1
+        """Length of the first axis of the first input that has samples along it; 1 if none has."""
+        return next((len(array) for _, array in self._rows()), 1)
+
+    def _rows(self) -> Iterator[tuple[str, Array]]:
+        """The inputs with samples along their first axis."""
+        return ((n, a) for n, a in self.feed.items() if n not in self.whole and a.ndim)
 
     def part(self, first: int, last: int) -> Batch:
         """The samples from ``first`` to before ``last``."""
         if (first, last) == (0, self.n_samples):
             return self
-        feed = {name: array[first:last] for name, array in self.feed.items()}
-        return Batch(feed, None if self.labels is None else self.labels[first:last])
+        feed = {**self.feed, **{name: array[first:last] for name, array in self._rows()}}
+        labels = None if self.labels is None else self.labels[first:last]
+        return Batch(feed, labels, self.restart and first == 0, self.whole)
+
+    def stacks_with(self, other: Batch) -> bool:
+        """Whether the two can be one feed: samples of the same shapes, all else equal."""
+        mine, others = dict(self._rows()), dict(other._rows())
+        if not mine or {n: a.shape[1:] for n, a in mine.items()} != {
+            n: a.shape[1:] for n, a in others.items()
+        }:
+            return False
+        shared = self.feed.keys() - mine.keys()
+        return (
+            (self.labels is None) == (other.labels is None)
+            and shared == other.feed.keys() - others.keys()
+            and all(np.array_equal(self.feed[n], other.feed[n]) for n in shared)
+        )
 
     def check_finite(self, first: int) -> None:
         """Raises `DataError` naming the sample if a float array holds NaN or infinity; ``first``
         is the number of the batch's first sample."""
         for name, array in self.feed.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                rows = array.reshape(array.shape[0] if array.ndim else 1, -1)
+                sampled = name not in self.whole and array.ndim
+                rows = array.reshape(len(array) if sampled else 1, -1)
                 row = int(np.argmin(np.isfinite(rows).all(axis=1)))
                 what = "NaN" if np.isnan(rows[row]).any() else "infinity"
                 raise DataError(
@@ -74,185 +93,184 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrays:
-    """Data from equally long arrays that are read from their start, chunk by chunk.
+class Takes:
+    """What a model takes at a time.
 
-    ``columns`` holds for each input a function that reads rows ``start … stop`` in chunks of
-    ``size``; ``labels`` is such a function, where there are labels.
+    Attributes:
+        inputs: all of the model's inputs.
+        fed_back: inputs that get an output of the feed before.
+        size: samples a feed; 1 with inputs that are fed back, unless the model fixes it.
+        first_axes: lengths of first axes that the model fixes; more than one where its required
+            inputs disagree, so that their first axes do not count samples.
     """
 
-    n_samples: int
-    batch_size: int
-    columns: Mapping[str, Reader]
-    labels: Reader | None = None
-    multiple: int = 1
-    notes: tuple[str, ...] = ()
+    inputs: tuple[ValueSpec, ...]
+    fed_back: frozenset[str]
+    size: int
+    first_axes: tuple[int, ...]
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        stop = self.n_samples if stop is None else min(stop, self.n_samples)
-        streams = [read(start, stop, self.batch_size) for read in self.columns.values()]
-        labels = self.labels and self.labels(start, stop, self.batch_size)
-        for chunks in zip(*streams, strict=True):
-            feed = dict(zip(self.columns, chunks, strict=True))
-            yield Batch(feed, next(labels) if labels else None)
+    @classmethod
+    def of(cls, model: Model, batch_size: int) -> Takes:
+        """What ``model`` takes, ``batch_size`` samples at a time where it leaves that free."""
+        fed_back = frozenset(model.feedback)
+        axes = {s.shape[0] for s in _required(model.inputs) if s.shape}
+        fixed = tuple(sorted(length for length in axes if isinstance(length, int)))
+        free = 1 if fed_back or len(fixed) > 1 else batch_size
+        return cls(model.inputs, fed_back, fixed[0] if len(fixed) == 1 else free, fixed)
+
+    @property
+    def required(self) -> tuple[ValueSpec, ...]:
+        """Inputs that must be fed."""
+        return _required(self.inputs)
+
+    @property
+    def fixed(self) -> int | None:
+        """The batch size that the model fixes; None where it is free, or cannot be told."""
+        return self.first_axes[0] if len(self.first_axes) == 1 else None
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Inputs whose first axis is not one of samples: single numbers, states, optional inputs
+        with another fixed length, and all where the required ones disagree."""
+        return frozenset(spec.name for spec in self.inputs if self._is_whole(spec))
+
+    def _is_whole(self, spec: ValueSpec) -> bool:
+        if len(self.first_axes) > 1 or spec.name in self.fed_back or spec.shape == ():
+            return True
+        first = spec.shape[0] if spec.shape else None
+        return spec.optional and isinstance(first, int) and first != self.fixed
 
 
-def open_file(path: Path, inputs: Sequence[ValueSpec], size: int, fixed: int | None) -> Arrays:
-    """The arrays of an ``.npz`` (named after the inputs, and ``labels``) or of an ``.npy``.
-
-    Args:
-        size: samples a batch.
-        fixed: the batch size that the model fixes, if it does.
-
-    Raises:
-        DataError: as `calib.data.open_data`.
-    """
-    try:
-        columns = _open_columns(path, inputs)
-    except DAMAGED_FILE as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
-    return _assemble(path, columns, inputs, size, fixed)
+def _required(inputs: tuple[ValueSpec, ...]) -> tuple[ValueSpec, ...]:
+    return tuple(spec for spec in inputs if not spec.optional) or inputs
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
-    """One array of a file: what its header says, and how to reach its bytes."""
+class Feeds:
+    """Data in parts that are read again in each pass: arrays, files, or what is made up.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    open: Callable[[], BinaryIO]
-    path: Path
+    Attributes:
+        counts: how many samples of each part are used.
+        read: given the number of a part, rows ``start`` and ``stop`` and a size, gives these rows
+            in batches of at most that size.
+        takes: what the model takes; samples of equal shapes are stacked up to its size.
+        notes: what the user should know about the data.
+        identity: equal for the same data read in the same way; None where that is not known.
+    """
 
-    def read(self, start: int, stop: int, size: int) -> Iterator[Array]:
-        row_shape = self.shape[1:]
-        row_bytes = self.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
-        try:
-            with self.open() as stream:
-                _read_header(stream)
-                stream.seek(start * row_bytes, 1)
-                for first in range(start, stop, size):
-                    rows = min(size, stop - first)
-                    block = stream.read(rows * row_bytes)
-                    if len(block) != rows * row_bytes:
-                        raise DataError(f"{self.path}: {self.name!r} ends before row {stop}")
-                    yield np.frombuffer(block, self.dtype).reshape(rows, *row_shape)
-        except DAMAGED_FILE as error:
-            raise DataError(f"{self.path}: {self.name!r}: {one_line(error)}") from error
+    counts: Sequence[int]
+    read: Callable[[int, int, int, int], Iterator[Batch]]
+    takes: Takes
+    notes: tuple[str, ...] = ()
+    identity: str | None = None
 
+    @property
+    def n_samples(self) -> int:
+        """How many samples there are."""
+        return sum(self.counts)
 
-def _open_columns(path: Path, inputs: Sequence[ValueSpec]) -> dict[str, _Column]:
-    if not path.is_file():
-        raise DataError(
-            f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file"
-        )
-    if path.suffix == ".npy":
-        if len(inputs) != 1:
-            raise DataError(
-                f"{path}: an .npy holds one array, the model has {len(inputs)} inputs: "
-                f"use an .npz with arrays named {listed(i.name for i in inputs)}"
-            )
-        return {inputs[0].name: _column(path, inputs[0].name, lambda: path.open("rb"))}
-    if path.suffix != ".npz":
-        raise DataError(f"{path}: calibration data must be an .npz or .npy file")
-    with zipfile.ZipFile(path) as archive:
-        members = [m for m in archive.namelist() if m.endswith(".npy")]
-    return {m[:-4]: _column(path, m[:-4], _member_opener(path, m)) for m in members}
+    @property
+    def multiple(self) -> int:
+        """The batch size that the model fixes; otherwise 1."""
+        return self.takes.fixed or 1
 
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Batches of the samples from ``start`` to before ``stop``; the first starts a sequence,
+        for models with inputs that are fed back."""
+        pieces = self._pieces(start, self.n_samples if stop is None else stop)
+        restart = bool(self.takes.fed_back)
+        for batch in _stacked(pieces, self.takes.size):
+            yield replace(batch, restart=True) if restart else batch
+            restart = False
 
-def _member_opener(path: Path, member: str) -> Callable[[], BinaryIO]:
-    return lambda: cast(BinaryIO, zipfile.ZipFile(path).open(member))
-
-
-def _column(path: Path, name: str, open_: Callable[[], BinaryIO]) -> _Column:
-    with open_() as stream:
-        shape, fortran_order, dtype = _read_header(stream)
-    if dtype.hasobject:
-        raise DataError(f"{path}: {name!r} holds Python objects, only numbers can be fed")
-    if fortran_order and len(shape) > 1:
-        raise DataError(
-            f"{path}: {name!r} is stored in Fortran order and cannot be read by samples: "
-            f"save np.ascontiguousarray of it"
-        )
-    return _Column(name, shape, dtype, open_, path)
+    def _pieces(self, start: int, stop: int) -> Iterator[Batch]:
+        position = 0
+        for number, count in enumerate(self.counts):
+            first, last = max(start - position, 0), min(stop - position, count)
+            if first < last:
+                yield from self.read(number, first, last, self.takes.size)
+            position += count
+            if position >= stop:
+                return
 
 
-def _read_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = npy.read_magic(stream)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    return read(stream)
+def _stacked(pieces: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """Neighbours that can be one feed as one, up to ``size`` samples; nothing else is changed."""
+    held: list[Batch] = []
+    n = 0
+    for piece in pieces:
+        if held and (piece.restart or not held[0].stacks_with(piece)):
+            yield _joined(held)
+            held, n = [], 0
+        split = min(size - n, piece.n_samples)
+        held, n = [*held, piece.part(0, split)], n + split
+        if n == size:
+            yield _joined(held)
+            n = piece.n_samples - split
+            held = [piece.part(split, piece.n_samples)] if n else []
+    if held:
+        yield _joined(held)
 
 
-def _assemble(
-    path: Path,
-    columns: dict[str, _Column],
-    inputs: Sequence[ValueSpec],
-    size: int,
-    fixed: int | None,
-) -> Arrays:
-    missing = [i.name for i in inputs if i.name not in columns]
-    if missing:
-        raise DataError(
-            f"{path}: no array for input {listed(missing)}; it holds {listed(columns)}: "
-            f"arrays must be named after the model's inputs"
-        )
-    for spec in inputs:
-        _check_column(path, columns[spec.name], spec)
-    fed = {spec.name: columns[spec.name] for spec in inputs}
-    labels = columns.get(LABELS) if LABELS not in fed else None
-    used = fed if labels is None else {**fed, LABELS: labels}
-    lengths = {name: column.shape[0] if column.shape else 0 for name, column in used.items()}
-    if len(set(lengths.values())) > 1:
-        described = ", ".join(f"{name!r}: {n}" for name, n in lengths.items())
-        raise DataError(f"{path}: arrays differ in their number of samples ({described})")
-    if labels is not None:
-        check_labels(str(path), labels.dtype, labels.shape)
-    n_samples, notes = _whole_feeds(path, lengths[inputs[0].name], fixed)
-    extra = sorted(set(columns) - set(used))
-    if extra:
-        notes = (*notes, f"arrays that are no input of the model are not used: {listed(extra)}")
-    return Arrays(
-        n_samples=n_samples,
-        batch_size=size,
-        columns={name: column.read for name, column in fed.items()},
-        labels=None if labels is None else labels.read,
-        multiple=fixed or 1,
-        notes=notes,
+def _joined(batches: list[Batch]) -> Batch:
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    rows = {n: np.concatenate([b.feed[n] for b in batches]) for n, _ in first._rows()}
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return replace(
+        first, feed={**first.feed, **rows}, labels=np.concatenate(labels) if labels else None
     )
 
 
-def _whole_feeds(path: Path, n: int, fixed: int | None) -> tuple[int, tuple[str, ...]]:
-    whole = n - n % fixed if fixed else n
-    if whole == 0:
-        enough = f", the model takes {fixed} at a time" if n else ""
-        raise DataError(f"{path}: {n} samples{enough}: nothing to calibrate on")
-    left = n - whole
-    return whole, (f"the last {left} samples fill no batch of {fixed}: not used",) if left else ()
+def identify(files: Iterable[Path], *settings: object) -> str:
+    """A digest of names, sizes and times of ``files`` and of how they are read, 16 hex digits.
+
+    Raises:
+        DataError: if there is no such file.
+    """
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
-def _check_column(path: Path, column: _Column, spec: ValueSpec) -> None:
-    if column.dtype != spec.dtype:
-        raise DataError(
-            f"{path}: {spec.name!r} is {column.dtype}, the model takes {spec.dtype}: "
-            f"save it with .astype(np.{spec.dtype})"
-        )
-    check_shape(f"{path}: {spec.name!r}", column.shape, spec)
-
-
-def check_shape(where: str, shape: tuple[int, ...], spec: ValueSpec) -> None:
-    """Raises `DataError` if an array of ``shape`` cannot be a batch, or batches, of ``spec``."""
+def check_input(where: str, shape: tuple[int, ...], dtype: np.dtype[Any], spec: ValueSpec) -> None:
+    """Raises `DataError` if an array of that shape and type cannot be samples of ``spec``, one or
+    more batches of them."""
+    _check_type(where, dtype, spec)
     if spec.shape is None:
         return
-    declared = "x".join("?" if d is None else str(d) for d in spec.shape)
-    fits = len(shape) == len(spec.shape) and all(
-        not isinstance(d, int) or d == n for d, n in zip(spec.shape[1:], shape[1:], strict=True)
-    )
-    if not fits:
-        found = "x".join(map(str, shape)) or "a single number"
+    if not _fits(shape[1:], spec.shape[1:]) or len(shape) != len(spec.shape):
         raise DataError(
-            f"{where} is {found}, the model takes {declared or 'a single number'}, with samples "
-            f"along the first axis"
+            f"{where}: {spec.name!r} is {by(shape)}, the model takes {by(spec.shape)}, with "
+            f"samples along the first axis"
         )
+
+
+def check_whole(where: str, shape: tuple[int, ...], dtype: np.dtype[Any], spec: ValueSpec) -> None:
+    """Raises `DataError` if an array of that shape and type cannot be fed as it is."""
+    _check_type(where, dtype, spec)
+    if spec.shape is not None and not _fits(shape, spec.shape):
+        raise DataError(f"{where}: {spec.name!r} is {by(shape)}, the model takes {by(spec.shape)}")
+
+
+def _check_type(where: str, dtype: np.dtype[Any], spec: ValueSpec) -> None:
+    if dtype != spec.dtype:
+        raise DataError(
+            f"{where}: {spec.name!r} is {dtype}, the model takes {spec.dtype}: convert it with "
+            f".astype(np.{spec.dtype})"
+        )
+
+
+def _fits(shape: tuple[int, ...], declared: tuple[int | str | None, ...]) -> bool:
+    return len(shape) == len(declared) and all(
+        not isinstance(d, int) or d == n for d, n in zip(declared, shape, strict=True)
+    )
 
 
 def check_labels(where: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -263,6 +281,13 @@ def check_labels(where: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> No
         )
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names in quotes, for messages."""
-    return ", ".join(repr(name) for name in names) or "nothing"
+def by(shape: tuple[int | str | None, ...]) -> str:
+    """A shape for messages: ``32x3x?x?``."""
+    return "x".join("?" if d is None else str(d) for d in shape) or "a single number"
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Names in quotes, for messages; only ``most`` of them."""
+    quoted = [repr(name) for name in names]
+    more = f" and {len(quoted) - most} more" if len(quoted) > most else ""
+    return (", ".join(quoted[:most]) or "nothing") + more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,13 +10,15 @@ from calib.calibrators import Calibrator, make, thresholds
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
 from calib.errors import CalibError, ObservationsError
-from calib.granularity import to_groups
+from calib.granularity import PerTensor, pieces, to_groups
 from calib.graph import Model, Skipped
 from calib.observations import Observations
 from calib.qtypes import QuantType
 from calib.quantize import scale_from_threshold
 from calib.table import CalibrationTable, TensorRecord, decibels
 from calib.targets import Plan, Rules, TensorSpec
+
+_MOST = 1 << 22  # values of a weight at a time; a value takes 32 bytes meanwhile
 
 
 def calibrate(
@@ -31,11 +33,11 @@ def calibrate(
         CalibratorError: if a calibrator fails or returns nonsense; the tensor is named.
     """
     _check_observations(observations, plan, rules)
-    calibrators = {kind: make(rules.method_for(kind)) for kind in ("weight", "activation")}
+    calibrators = {spec.method: make(spec.method) for spec in plan.specs}
     records: list[TensorRecord] = []
     skipped: list[Skipped] = []
     for spec in plan.specs:
-        calibrator = calibrators[spec.kind]
+        calibrator = calibrators[spec.method]
         try:
             if spec.kind == "weight":
                 records.append(_weight_record(model, spec, calibrator))
@@ -66,13 +68,24 @@ def _check_observations(observations: Observations, plan: Plan, rules: Rules) ->
 
 
 def _weight_record(model: Model, spec: TensorSpec, calibrator: Calibrator) -> TensorRecord:
-    values = to_groups(model.weight(spec.name), spec.granularity)
-    dist = Samples(values)
+    """Channels are independent: a few are dealt with at a time, to bound the memory."""
+    tensor = model.weight(spec.name)
     qtype = QuantType(spec.bits, signed=True, narrow=True)
-    threshold, notes = thresholds(calibrator, dist, qtype)
+    sums, answers, notes = _Sums(), [], list[str]()
+    per_tensor = isinstance(spec.granularity, PerTensor)
+    for index, groups in pieces(
+        tensor.shape, spec.granularity, tensor.size if per_tensor else _MOST
+    ):
+        part = tensor[index].astype(np.float32, copy=False)
+        dist = Samples(to_groups(part, spec.granularity))
+        threshold, said = thresholds(calibrator, dist, qtype)
+        first = f"from channel {groups.start}: " if part.size < tensor.size else ""
+        notes.extend(first + note for note in said)
+        answers.append(threshold)
+        sums.add(dist, threshold, qtype)
     if qtype.bits > HISTOGRAM_BITS:
-        notes = (*notes, "sqnr_db from the raw values")
-    return _record(spec, qtype, dist, threshold, notes)
+        notes.append("sqnr_db from the raw values")
+    return _record(spec, qtype, sums, np.concatenate(answers), tuple(notes))
 
 
 def _activation_record(
@@ -92,7 +105,9 @@ def _activation_record(
         notes = (*notes, "sqnr_db from the noise model: the counters are too coarse above 8 bits")
     if observations.counters[spec.name].min == observations.counters[spec.name].max:
         notes = (*notes, "constant: it held one value throughout")
-    return _record(spec, qtype, dist, threshold, notes)
+    sums = _Sums()
+    sums.add(dist, threshold, qtype)
+    return _record(spec, qtype, sums, threshold, notes)
 
 
 def _histogram_threshold(
@@ -118,26 +133,40 @@ def _mean_threshold(
     return np.mean([threshold for threshold, _ in answers], axis=0), notes
 
 
+@dataclass(slots=True)
+class _Sums:
+    """What a record says of a tensor, gathered over its parts."""
+
+    max_abs: float = 0.0
+    count: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, dist: Distribution, threshold: Floats, qtype: QuantType) -> None:
+        count = dist.count()
+        self.max_abs = max(self.max_abs, float(dist.max_abs().max()))
+        self.count += int(count.sum())
+        self.signal += float((dist.rms() ** 2 * count).sum())
+        self.noise += float((dist.mse(threshold, qtype) * count).sum())
+
+
 def _record(
     spec: TensorSpec,
     qtype: QuantType,
-    dist: Distribution,
+    sums: _Sums,
     threshold: Floats,
     notes: tuple[str, ...],
 ) -> TensorRecord:
-    count = dist.count()
-    noise = float((dist.mse(threshold, qtype) * count).sum())
-    signal = float((dist.rms() ** 2 * count).sum())
     record = TensorRecord(
         spec=spec,
         qtype=qtype,
         threshold=threshold,
-        scale=scale_from_threshold(threshold, qtype),
-        max_abs=float(dist.max_abs().max()),
-        count=int(count.sum()),
-        sqnr_db=decibels(signal, noise),
+        scale=scale_from_threshold(threshold, qtype, spec.dtype),
+        max_abs=sums.max_abs,
+        count=sums.count,
+        sqnr_db=decibels(sums.signal, sums.noise),
         notes=(*spec.notes, *notes),
     )
-    if record.sqnr_db is None and signal > 0:
+    if record.sqnr_db is None and sums.signal > 0:
         record = replace(record, notes=(*record.notes, "no quantization error at all"))
     return record

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
 from calib.errors import CalibError, ModelError, OptionError, one_line
 
+Values = dict[str, NDArray[Any]]
+
 _SEVERITY_FATAL = 4
 _MOST_THREADS = 1024
+_FIRST_UNKNOWN_OPSET = 40
+_MOST_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
+_FOLDER_OF_EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(bool)": np.bool_,
+    **{f"tensor({t})": t for t in ("int8", "int16", "int32", "int64")},
+    **{f"tensor(u{t})": f"u{t}" for t in ("int8", "int16", "int32", "int64")},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +41,7 @@ class Runtime:
     Args:
         provider: execution provider; None for the CPU.
         threads: intra-op threads; 0 leaves it to onnxruntime.
+        custom_ops: shared libraries that implement custom operators.
 
     Raises:
         OptionError: if threads are negative or absurdly many.
@@ -32,6 +49,7 @@ class Runtime:
 
     provider: str | None = None
     threads: int = 0
+    custom_ops: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= _MOST_THREADS:
@@ -47,10 +65,12 @@ class Session:
         optimized: at onnxruntime's default graph optimisation level, or with none.
         values: names of inner values, activations and inputs alike, to return; None for the
             model's outputs.
+        feedback: input → output that is fed back into it, see `calib.graph.Model`.
 
     Raises:
         ModelError: if onnxruntime cannot load the model.
-        OptionError: if the provider is not available.
+        OptionError: if the provider is not available, or a custom operator library cannot be
+            loaded.
     """
 
     def __init__(
@@ -60,41 +80,108 @@ class Session:
         *,
         optimized: bool = True,
         values: Sequence[str] | None = None,
+        feedback: Mapping[str, str] | None = None,
     ):
         runtime = runtime or Runtime()
+        self._feedback = dict(feedback or {})
+        self._state: dict[str, NDArray[Any]] = {}
         if isinstance(model, Path) and values is not None:
-            model = ir.external_data.load_to_model(ir.load(model))
-        source = str(model) if isinstance(model, Path) else _serialize(model, values)
-        try:
-            self._session = ort.InferenceSession(
-                source, _options(runtime, optimized), providers=[_provider(runtime)]
+            model = ir.load(model)
+        wanted = None if values is None else [*values, *self._feedback.values()]
+        options = _options(runtime, optimized)
+        with ExitStack() as scratch:
+            source = (
+                str(model) if isinstance(model, Path) else _source(model, wanted, options, scratch)
             )
-        except CalibError:
-            raise
-        except Exception as error:  # onnxruntime's exceptions have no common base
-            raise ModelError(f"onnxruntime cannot load the model: {_reason(error)}") from error
-        inputs = {node.name for node in self._session.get_inputs()}
+            self._session = _load(source, options, runtime, model)
+        self._inputs = {node.name: node for node in self._session.get_inputs()}
         outputs = [node.name for node in self._session.get_outputs()]
-        self._from_feed = [name for name in values or () if name in inputs]
-        self._outputs = outputs if values is None else [v for v in values if v not in inputs]
+        self._from_feed = [name for name in values or () if name in self._inputs]
+        self._outputs = outputs if values is None else [v for v in values if v not in self._inputs]
 
-    def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The wanted values by name.
+    def run(self, feed: Mapping[str, NDArray[Any]], restart: bool = False) -> Values:
+        """The wanted values by name: of a list its elements, ``name[0]`` and on; what was not
+        produced, or is no array, is left out.
+
+        Args:
+            feed: arrays by input name. An input that is fed back may be left out.
+            restart: forget what earlier feeds left behind; inputs that are fed back are zero.
 
         Raises:
             ModelError: if onnxruntime fails to run the model on ``feed``.
         """
-        captured: dict[str, NDArray[Any]] = {name: feed[name] for name in self._from_feed}
-        if not self._outputs:
+        if restart:
+            self._state = {}
+        feed = {**self._zeros(feed), **self._state, **feed}
+        captured: Values = {name: feed[name] for name in self._from_feed}
+        fetched = list(dict.fromkeys([*self._outputs, *self._feedback.values()]))
+        if not fetched:
             return captured
         try:
-            results = self._session.run(self._outputs, dict(feed))
+            results = dict(zip(fetched, self._session.run(fetched, feed), strict=True))
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ModelError(
                 f"onnxruntime cannot run the model on {shapes}: {_reason(error)}"
             ) from error
-        return captured | dict(zip(self._outputs, results, strict=True))
+        self._state = {name: results[output] for name, output in self._feedback.items()}
+        for name in self._outputs:
+            captured.update(_arrays(name, results[name]))
+        return captured
+
+    def _zeros(self, feed: Mapping[str, NDArray[Any]]) -> Values:
+        """The first values of inputs that are fed back: axes that share a symbol with an array of
+        the feed are as long as there, other free ones are empty."""
+        lengths: dict[Any, int] = {}
+        for name, array in feed.items():
+            if name in self._inputs:
+                lengths.update(zip(self._inputs[name].shape, array.shape, strict=False))
+        zeros: Values = {}
+        for name in self._feedback:
+            node = self._inputs[name]
+            shape = [d if isinstance(d, int) else lengths.get(d, 0) for d in node.shape]
+            zeros[name] = np.zeros(shape, _NUMPY_TYPES[node.type])
+        return zeros
+
+
+def newest_opset() -> int:
+    """The newest opset of the default domain that the installed onnxruntime loads."""
+    for opset in range(_FIRST_UNKNOWN_OPSET, 1, -1):
+        x, y = (ir.val(name, ir.DataType.FLOAT, [1]) for name in "xy")
+        node = ir.Node("", "Identity", [x], outputs=[y])
+        graph = ir.Graph([x], [y], nodes=[node], opset_imports={"": opset}, name="probe")
+        probe = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+        with suppress(Exception):
+            ort.InferenceSession(probe, _options(Runtime(), False), ["CPUExecutionProvider"])
+            return opset
+    raise ModelError("onnxruntime loads no model at all: is it installed properly?")
+
+
+def _load(
+    source: str | bytes, options: ort.SessionOptions, runtime: Runtime, model: Path | ir.Model
+) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(source, options, providers=[_provider(runtime)])
+    except CalibError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        if isinstance(model, Path):
+            model = ir.load(model)
+        opset, newest = model.opset_imports.get("", 0), newest_opset()
+        if opset > newest:
+            raise ModelError(
+                f"the model has opset {opset}, onnxruntime {ort.__version__} loads up to "
+                f"{newest}: export it with that opset, or upgrade onnxruntime"
+            ) from error
+        raise ModelError(f"onnxruntime cannot load the model: {_reason(error)}") from error
+
+
+def _arrays(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+    if isinstance(value, np.ndarray):
+        yield name, value
+    elif isinstance(value, list):
+        for number, element in enumerate(value):
+            yield from _arrays(f"{name}[{number}]", element)
 
 
 def _reason(error: Exception) -> str:
@@ -126,19 +213,44 @@ def _options(runtime: Runtime, optimized: bool) -> ort.SessionOptions:
     options.intra_op_num_threads = runtime.threads
     options.log_severity_level = _SEVERITY_FATAL
     levels = ort.GraphOptimizationLevel
+    for library in runtime.custom_ops:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise OptionError(
+                f"{library}: cannot be loaded as a custom operator library: {_reason(error)}"
+            ) from error
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     )
     return options
 
 
-def _serialize(model: ir.Model, values: Sequence[str] | None) -> bytes:
-    """The model with ``values`` as its only outputs; the model itself stays as it is."""
+def _source(
+    model: ir.Model,
+    values: Sequence[str] | None,
+    options: ort.SessionOptions,
+    scratch: ExitStack,
+) -> str | bytes:
+    """What onnxruntime loads: the model with ``values`` as its only outputs; itself it stays as
+    it is. External data is read where it lies, not copied, if it lies in one folder."""
     if values is not None:
         model = model.clone()
         by_name = {v.name: v for node in model.graph for v in node.outputs}
-        outputs = [by_name[name] for name in values if name in by_name]
+        outputs = [by_name[name] for name in dict.fromkeys(values) if name in by_name]
         if outputs:  # a model must have one
             model.graph.outputs.clear()
             model.graph.outputs.extend(outputs)
+    tensors = [
+        v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value
+    ]
+    folders = {str(t.base_dir) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
+    if len(folders) > 1 or inline > _MOST_INLINE_BYTES:
+        folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="octav-calibrate-"))
+        path = Path(folder, "model.onnx")
+        ir.save(model, path, external_data="model.data")
+        return str(path)
+    if folders:
+        options.add_session_config_entry(_FOLDER_OF_EXTERNAL_DATA, folders.pop() or ".")
     return bytes(ir.to_proto(model).SerializeToString())

@@ -108,11 +108,11 @@ def evaluate(
         VerificationError: if an output of the quantized model holds NaN.
         DataError: if the data holds NaN or infinity, or labels are not one for each sample.
     """
-    sessions = Session(model.path, runtime), Session(quantized, runtime)
+    sessions = [Session(path, runtime, feedback=model.feedback) for path in (model.path, quantized)]
     totals = _Totals()
     for batch in batches:
         batch.check_finite(first + totals.n_samples)
-        expected, actual = (session.run(batch.feed) for session in sessions)
+        expected, actual = (session.run(batch.feed, batch.restart) for session in sessions)
         _add(totals, batch, expected, actual)
     sqnr_db = {name: difference.sqnr_db for name, difference in totals.differences.items()}
     return Comparison(totals.n_samples, sqnr_db, totals.hits.top1(), totals.notes)

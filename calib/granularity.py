@@ -6,6 +6,7 @@ are the same code.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,6 +57,21 @@ def along_tensor(
     shape = [1] * rank
     shape[granularity.axis] = -1
     return per_group.reshape(shape)
+
+
+def pieces(
+    shape: tuple[int, ...], granularity: Granularity, most: int = 1 << 22
+) -> Iterator[tuple[tuple[slice, ...], slice]]:
+    """Cuts a tensor of ``shape`` into parts of about ``most`` values, at least a row or channel
+    each: the index of each part, and the groups in it."""
+    axis = granularity.axis if isinstance(granularity, PerChannel) else 0
+    length = shape[axis] if shape else 1
+    values = int(np.prod(shape, dtype=np.int64)) // max(length, 1)
+    step = max(1, most // max(values, 1))
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        index = (*[slice(None)] * axis, part) if shape else ()
+        yield index, part if isinstance(granularity, PerChannel) else slice(0, 1)
 
 
 def onnx_axis(granularity: Granularity) -> int | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,24 +13,31 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calib.errors import ModelError, one_line
+from calib.errors import ModelError, OptionError, one_line
 from calib.granularity import Granularity, PerChannel, PerTensor
-from calib.prepare import QUANTIZABLE_OPS, prepare
+from calib.prepare import QUANTIZABLE_OPS, inner_nodes, is_constant, prepare, sources
 
 Kind = Literal["weight", "activation"]
 
 # Other operators that multiply weights, or two activations: named when they stay float.
-_UNSUPPORTED_OPS = ("Attention", "Einsum", "GRU", "LSTM", "RNN", "DeformConv", "ConvInteger")
+_UNSUPPORTED_OPS = ("Attention", "Einsum", "GRU", "LSTM", "RNN", "DeformConv", "LinearAttention")
+_INTEGER_OPS = ("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+_QDQ_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+# What a quantized value may pass without being another.
+_MOVEMENTS = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast")
+_FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True, slots=True)
 class ValueSpec:
     """An input or output of the model. ``shape`` is None where not even the rank is known; an
-    axis is a number, a symbol, or None. ``dtype`` is the NumPy one."""
+    axis is a number, a symbol, or None. ``dtype`` is the NumPy one. An ``optional`` input has a
+    value of its own where none is fed."""
 
     name: str
     dtype: np.dtype[np.generic]
     shape: tuple[int | str | None, ...] | None
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,7 @@ class Use:
         edge: the node is a weighted layer with none before it, or none behind it.
         granularity: one group for each output channel of the node, for weights that have one
             axis for them.
+        dtype: of the values, float32 or float16.
     """
 
     tensor: str
@@ -49,6 +57,7 @@ class Use:
     op_type: str
     edge: bool
     granularity: Granularity
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,9 @@ class Model:
         n_bytes: their size.
         ir: the prepared graph. Not to be changed: `write_qdq` works on a clone.
         notes: what preparing changed.
+        feedback: input → output that is fed back into it at the next feed; such an input is
+            optional in the data, and starts at zero.
+        files: ``path`` and the files with its external data.
     """
 
     path: Path
@@ -76,29 +88,44 @@ class Model:
     n_bytes: int
     ir: ir.Model
     notes: tuple[str, ...]
+    feedback: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
     @property
     def inputs(self) -> tuple[ValueSpec, ...]:
-        """What the model must be fed."""
-        return tuple(map(_value_spec, self.ir.graph.inputs))
+        """What the model must be fed, or may be."""
+        specs = map(_value_spec, self.ir.graph.inputs)
+        return tuple(replace(s, optional=s.optional or s.name in self.feedback) for s in specs)
 
     @property
     def outputs(self) -> tuple[ValueSpec, ...]:
         """What the model returns."""
         return tuple(map(_value_spec, self.ir.graph.outputs))
 
-    def weight(self, name: str) -> NDArray[np.float32]:
-        """The initializer ``name`` as an array, any shape, possibly read-only."""
+    def weight(self, name: str) -> NDArray[np.floating]:
+        """The initializer ``name`` as an array of its own type, any shape, possibly read-only.
+
+        From a file of external data it is read anew each time, so that nothing stays in memory.
+        """
         tensor = self.ir.graph.initializers[name].const_value
         assert tensor is not None
-        return tensor.numpy()
+        if not isinstance(tensor, ir.ExternalTensor):
+            return tensor.numpy()
+        array = tensor.numpy().copy()
+        tensor.release()
+        return array
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path, feedback: Mapping[str, str] | None = None) -> Model:
     """The model at ``path``, checked and prepared.
+
+    Args:
+        path: an ONNX file.
+        feedback: see `Model.feedback`.
 
     Raises:
         ModelError: if the file is missing, unreadable, not ONNX, or fails ``onnx.checker``.
+        OptionError: if ``feedback`` names no input, no output, or two that do not match.
     """
     path = Path(path)
     if not path.is_file():
@@ -112,21 +139,45 @@ def load_model(path: str | Path) -> Model:
         model = ir.load(path)
         if "ai.onnx" in model.opset_imports:  # another name of the default domain
             model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
-        files = [path, *_external_files(model, path)]
+        files = (path, *_external_files(model, path))
         digest, n_bytes = _digest(files)
-        ir.external_data.load_to_model(model)
-        notes = prepare(model)
+        notes = (*prepare(model), *_qdq_note(model))
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
+        where = error.filename or path
+        raise ModelError(f"{where}: cannot be read: {error.strerror or one_line(error)}") from error
     except MemoryError:
         raise
     except Exception as error:  # protobuf, checker and passes each raise types of their own
         raise ModelError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
-    return Model(path, digest, n_bytes, model, notes)
+    loaded = Model(path, digest, n_bytes, model, notes, dict(feedback or {}), files)
+    _check_feedback(loaded)
+    return loaded
+
+
+def _qdq_note(model: ir.Model) -> tuple[str, ...]:
+    n = sum(node.op_type in _QDQ_OPS and node.domain == "" for node in model.graph)
+    text = f"{n} QuantizeLinear and DequantizeLinear nodes were there before: left alone"
+    return (text,) if n else ()
+
+
+def _check_feedback(model: Model) -> None:
+    graph = model.ir.graph
+    inputs, outputs = ({v.name: v for v in values} for values in (graph.inputs, graph.outputs))
+    for entry in model.feedback.items():
+        for name, what, there in zip(entry, ("input", "output"), (inputs, outputs), strict=True):
+            if name not in there:
+                known = ", ".join(repr(v) for v in there)
+                raise OptionError(f"feed-back: {name!r} is no {what} of the model; it has {known}")
+        source, target = inputs[entry[0]], outputs[entry[1]]
+        if source.dtype != target.dtype:
+            raise OptionError(
+                f"feed-back: input {source.name!r} is {source.dtype}, output {target.name!r} is "
+                f"{target.dtype}: they must be of one type"
+            )
 
 
 def quantizable_uses(model: Model) -> tuple[tuple[Use, ...], tuple[Skipped, ...]]:
-    """Every use of a float32 tensor that QDQ could stand before, in graph order, and what
+    """Every use of a float tensor that QDQ could stand before, in graph order, and what
     multiplies but must stay float."""
     edges = _edge_nodes(model.ir.graph)
     uses: list[Use] = []
@@ -139,8 +190,11 @@ def quantizable_uses(model: Model) -> tuple[tuple[Use, ...], tuple[Skipped, ...]
                     skipped.append(Skipped(f"{node.name}[{position}]", reason))
                 else:
                     uses.append(_use(node, position, node in edges))
+        elif node.op_type in _INTEGER_OPS:
+            skipped.append(Skipped(str(node.name), f"{node.op_type} is quantized already"))
         elif node.op_type in _UNSUPPORTED_OPS or (node.domain != "" and _has_weight(node)):
-            skipped.append(Skipped(str(node.name), f"{node.op_type} is not supported"))
+            name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            skipped.append(Skipped(str(node.name), f"{name} is not supported"))
     skipped.extend(_inside_subgraphs(model.ir.graph))
     return tuple(uses), tuple(skipped)
 
@@ -150,27 +204,38 @@ def _use(node: ir.Node, position: int, edge: bool) -> Use:
     assert value is not None
     assert value.name is not None
     assert node.name is not None
-    kind: Kind = "weight" if value.is_initializer() else "activation"
+    kind: Kind = "weight" if is_constant(value) else "activation"
     granularity: Granularity = PerTensor()
     if kind == "weight":
         axis = _channel_axis(node, position, len(value.shape or ()))
         granularity = PerTensor() if axis is None else PerChannel(axis)
-    return Use(value.name, kind, node.name, node.op_type, edge, granularity)
+    dtype = "float16" if _float_type(node, position) is ir.DataType.FLOAT16 else "float32"
+    return Use(value.name, kind, node.name, node.op_type, edge, granularity, dtype)
 
 
 def _obstacle(node: ir.Node, position: int) -> str | None:
     value = node.inputs[position]
     assert value is not None
     dtype = _float_type(node, position)
-    if dtype is not ir.DataType.FLOAT:
+    if dtype is ir.DataType.BFLOAT16:
+        return f"{value.name!r} is bfloat16, for which onnxruntime has no CPU kernels"
+    if dtype not in _FLOAT_TYPES:
         found = dtype.name.lower() if dtype else "of unknown type"
-        return f"{value.name!r} is {found}, not float32"
-    producer = value.producer()
-    if producer is not None and producer.op_type == "DequantizeLinear":
+        return f"{value.name!r} is {found}, not float32 or float16"
+    if _is_quantized(value):
         return f"{value.name!r} is quantized already"
-    if value.is_initializer() and value.const_value is not None and value.const_value.size == 0:
+    if value.is_graph_input() and value.is_initializer():
+        return f"{value.name!r} is an optional input"
+    if is_constant(value) and value.const_value is not None and value.const_value.size == 0:
         return f"{value.name!r} is empty"
     return None
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    producer = value.producer()
+    while producer is not None and producer.op_type in _MOVEMENTS and producer.inputs[0]:
+        producer = producer.inputs[0].producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _float_type(node: ir.Node, position: int) -> ir.DataType | None:
@@ -200,43 +265,23 @@ def _edge_nodes(graph: ir.Graph) -> set[ir.Node]:
     preceded: set[ir.Node] = set()
     followed: set[ir.Node] = set()
     for node in nodes:
-        if any(p in preceded or p in weighted for p in _sources(node)):
+        if any(p in preceded or p in weighted for p in sources(node)):
             preceded.add(node)
     for node in reversed(nodes):
         if node in followed or node in weighted:
-            followed.update(_sources(node))
+            followed.update(sources(node))
     return {n for n in weighted if n not in preceded or n not in followed}
-
-
-def _sources(node: ir.Node) -> Iterator[ir.Node]:
-    """Nodes whose outputs ``node``, or a subgraph of it, reads."""
-    inner = (n for a in node.attributes.values() for g in _graphs(a) for n in g.all_nodes())
-    for reader in (node, *inner):
-        for value in reader.inputs:
-            producer = value.producer() if value is not None else None
-            if producer is not None and producer.graph is node.graph:
-                yield producer
-
-
-def _graphs(attribute: ir.Attr) -> tuple[ir.Graph, ...]:
-    if attribute.type == ir.AttributeType.GRAPH:
-        return (attribute.as_graph(),)
-    return tuple(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else ()
 
 
 def _inside_subgraphs(graph: ir.Graph) -> Iterator[Skipped]:
     for outer in graph:
-        for attribute in outer.attributes.values():
-            for subgraph in _graphs(attribute):
-                for node in subgraph.all_nodes():
-                    if node.op_type in QUANTIZABLE_OPS and node.domain == "":
-                        yield Skipped(str(node.name), f"inside a subgraph of {outer.name!r}")
+        for node in inner_nodes(outer):
+            if node.op_type in QUANTIZABLE_OPS and node.domain == "":
+                yield Skipped(str(node.name), f"inside a subgraph of {outer.name!r}")
 
 
 def _has_weight(node: ir.Node) -> bool:
-    return any(
-        v is not None and v.is_initializer() and len(v.shape or ()) > 1 for v in node.inputs[:2]
-    )
+    return any(v is not None and is_constant(v) and len(v.shape or ()) > 1 for v in node.inputs[:2])
 
 
 def _value_spec(value: ir.Value) -> ValueSpec:
@@ -245,7 +290,7 @@ def _value_spec(value: ir.Value) -> ValueSpec:
     shape = None
     if value.shape is not None:
         shape = tuple(d if isinstance(d, int) else d.value for d in value.shape.dims)
-    return ValueSpec(str(value.name), value.dtype.numpy(), shape)
+    return ValueSpec(str(value.name), value.dtype.numpy(), shape, value.is_initializer())
 
 
 def _external_files(model: ir.Model, path: Path) -> list[Path]:
@@ -254,7 +299,7 @@ def _external_files(model: ir.Model, path: Path) -> list[Path]:
     return [path.parent / location for location in sorted(map(str, locations))]
 
 
-def _digest(files: list[Path]) -> tuple[str, int]:
+def _digest(files: tuple[Path, ...]) -> tuple[str, int]:
     digest = hashlib.sha256()
     n_bytes = 0
     for file in files:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from calib.arrays import DAMAGED_FILE, Batch
-from calib.capture import Runtime, Session
+from calib.arrays import DAMAGED_FILE, Batch, listed
+from calib.capture import Runtime, Session, Values
 from calib.counter import Counter
-from calib.errors import DataError, ModelError, ObservationsError, one_line
+from calib.errors import DataError, ModelError, ObservationsError, OptionError, one_line
 from calib.files import whole_file, writing
 from calib.graph import Model
 
@@ -34,6 +35,8 @@ class Observations:
         counters: one for each activation, all samples together.
         batches: the same for each of the first few batches alone, where that was asked for.
         n_batches: how many batches were seen.
+        unmasked: activations counted with their padding, as the mask did not fit them.
+        identity: of the data and settings, so that only the same run is resumed.
     """
 
     model_sha256: str
@@ -41,6 +44,8 @@ class Observations:
     counters: Counters
     batches: tuple[Counters, ...] = ()
     n_batches: int = 0
+    unmasked: tuple[str, ...] = ()
+    identity: str = ""
 
     def save(self, path: str | Path) -> None:
         """Writes an ``.npz``, whole or not at all.
@@ -48,7 +53,7 @@ class Observations:
         Raises:
             OutputError: if the file cannot be written.
         """
-        with writing(Path(path)), whole_file(Path(path)) as temporary:
+        with whole_file(Path(path)) as temporary, writing(Path(path)):
             self.write(temporary)
 
     def write(self, path: Path) -> None:
@@ -61,6 +66,8 @@ class Observations:
             "names": list(self.counters),
             "batches": len(self.batches),
             "n_batches": self.n_batches,
+            "unmasked": self.unmasked,
+            "identity": self.identity,
         }
         arrays: dict[str, Any] = {_MANIFEST: np.frombuffer(json.dumps(manifest).encode(), np.uint8)}
         for group, counters in enumerate(groups):
@@ -100,6 +107,8 @@ class Observations:
                 ]
                 digest = str(manifest["model_sha256"])
                 n_samples, n_batches = int(manifest["n_samples"]), int(manifest["n_batches"])
+                unmasked = tuple(map(str, manifest.get("unmasked", ())))
+                identity = str(manifest.get("identity", ""))
         except FileNotFoundError:
             raise ObservationsError(f"{path}: no such file") from None
         except (*DAMAGED_FILE, KeyError, IndexError) as error:
@@ -111,46 +120,86 @@ class Observations:
                 f"{path}: observed on another model (sha256 {digest[:12]}...) "
                 f"than {model.path} ({model.sha256[:12]}...): observe again"
             )
-        return cls(model.sha256, n_samples, groups[0], tuple(groups[1:]), n_batches)
+        batches = tuple(groups[1:])
+        return cls(model.sha256, n_samples, groups[0], batches, n_batches, unmasked, identity)
+
+
+@dataclass(frozen=True, slots=True)
+class Observing:
+    """How a model is observed.
+
+    Args:
+        keep_batches: of that many first batches, counters of their own are kept too.
+        runtime: provider and threads.
+        padding_mask: input that is 0 where padding stands; of activations whose first axes are the
+            mask's, what stands there is not counted.
+        resumed: what an earlier run has counted; the batches are those behind.
+        checkpoint: called with what is counted so far, every ``checkpoint_seconds``.
+        checkpoint_seconds: at most so much work is lost.
+    """
+
+    keep_batches: int = 0
+    runtime: Runtime | None = None
+    padding_mask: str | None = None
+    resumed: Observations | None = None
+    checkpoint: Callable[[Observations], None] | None = None
+    checkpoint_seconds: float = 30.0
 
 
 def observe(
     model: Model,
     batches: Iterable[Batch],
     names: Sequence[str],
-    keep_batches: int = 0,
-    runtime: Runtime | None = None,
+    how: Observing | None = None,
 ) -> Observations:
     """Runs every batch once and counts the values of the activations ``names``.
-
-    Args:
-        keep_batches: of that many first batches, counters of their own are kept too.
 
     Raises:
         DataError: if the data holds NaN or infinity, or there is none.
         ModelError: if an activation becomes NaN or infinite, or onnxruntime fails.
+        OptionError: if the padding mask is no input.
     """
-    session = Session(model.ir, runtime, values=names)
-    total: Counters = {name: Counter() for name in names}
-    kept: list[Counters] = []
-    n_samples = n_batches = 0
+    how = how or Observing()
+    inputs = [spec.name for spec in model.inputs]
+    if how.padding_mask is not None and how.padding_mask not in inputs:
+        raise OptionError(
+            f"padding-mask: the model has no input {how.padding_mask!r}, only {listed(inputs)}"
+        )
+    session = Session(model.ir, how.runtime, values=names, feedback=model.feedback)
+    seen = how.resumed or Observations(model.sha256, 0, {name: Counter() for name in names})
+    last_checkpoint = time.monotonic()
     for batch in batches:
-        batch.check_finite(n_samples)
-        counters = total
-        if len(kept) < keep_batches:
-            counters = {name: Counter() for name in names}
-            kept.append(counters)
-        for name, values in session.run(batch.feed).items():
-            counters[name].update(values)
-            _check_counter(name, counters[name], n_samples)
-        n_samples += batch.n_samples
-        n_batches += 1
-    if n_samples == 0:
+        batch.check_finite(seen.n_samples)
+        seen = _add(seen, batch, session.run(batch.feed, batch.restart), how)
+        if how.checkpoint and time.monotonic() - last_checkpoint >= how.checkpoint_seconds:
+            how.checkpoint(seen)
+            last_checkpoint = time.monotonic()
+    if seen.n_samples == 0:
         raise DataError("the calibration data holds no samples")
-    for counters in kept:
-        for name, counter in counters.items():
-            total[name].merge(counter)
-    return Observations(model.sha256, n_samples, total, tuple(kept), n_batches)
+    return seen
+
+
+def _add(seen: Observations, batch: Batch, values: Values, how: Observing) -> Observations:
+    """``seen`` and one batch more; the counters are updated in place."""
+    mask = None if how.padding_mask is None else batch.feed[how.padding_mask] != 0
+    whole = set(seen.unmasked)
+    kept = seen.batches
+    if len(kept) < how.keep_batches:
+        kept = (*kept, {name: Counter() for name in seen.counters})
+    for name, array in values.items():
+        fits = mask is not None and array.shape[: mask.ndim] == mask.shape
+        if mask is not None and not fits:
+            whole.add(name)
+        for counters in (seen.counters, *kept[len(seen.batches) :]):
+            counters[name].update(array[mask] if fits else array)
+        _check_counter(name, seen.counters[name], seen.n_samples)
+    return replace(
+        seen,
+        n_samples=seen.n_samples + batch.n_samples,
+        n_batches=seen.n_batches + 1,
+        batches=kept,
+        unmasked=tuple(sorted(whole)),
+    )
 
 
 def _check_counter(name: str, counter: Counter, first: int) -> None:

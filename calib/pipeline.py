@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import time
@@ -16,13 +17,14 @@ from calib.calibration import calibrate
 from calib.comparison import Comparison
 from calib.data import open_data
 from calib.files import whole_file, writing
-from calib.graph import Model, load_model, quantizable_uses
-from calib.observations import Observations, observe
+from calib.graph import Model, load_model
+from calib.observations import Observations
+from calib.resuming import checkpoint_path, observe_split
 from calib.run import Run, Split, check_outputs
 from calib.table import CalibrationTable, dumps
-from calib.targets import Plan, Rules, make_plan
+from calib.targets import Rules, make_plan
 from calib.verification import verify
-from calib.write import write_qdq
+from calib.write import external_files, free_data_name, write_qdq
 
 _LOW_SQNR_DB = 10.0
 
@@ -90,35 +92,48 @@ def calibrate_model(
     rules, run = rules or Rules(), run or Run()
     seconds: dict[str, float] = {}
     with _timed("load", seconds):
-        loaded = load_model(model)
+        loaded = load_model(model, run.feedback)
         plan = make_plan(loaded, rules)
         target = Path(output) if output else default_output(loaded, rules)
-        check_outputs([target, run.save_observations, run.summary], _inputs(model, data, run), run)
+        check_outputs([target, run.save_observations, run.summary], _inputs(loaded, data, run), run)
         saved = Observations.load(run.observations, loaded) if run.observations else None
-        split = Split.of(open_data(loaded, data, run.batch_size, run.seed), run, saved)
+        split = Split.of(open_data(loaded, data, run.reading), run, saved)
     with _timed("observe", seconds):
-        observations = saved or _observe(loaded, split, plan, rules)
+        observations = saved or observe_split(loaded, split, plan, rules)
     with _timed("calibrate", seconds):
         table = calibrate(loaded, observations, plan, rules)
         table = table.with_manifest(_manifest(table, rules, run, data))
     with _timed("write", seconds):
         quantized = write_qdq(loaded, table)
     with ExitStack() as files:
-        written = files.enter_context(whole_file(target))
-        with writing(target):
-            quantized.write(written)
+        written = files.enter_context(_replacing(target, loaded, run))
+        quantized = quantized.write(written, run.external_data, free_data_name(target))
         with _timed("verify", seconds):
             verify(loaded, quantized, written, split.first_batch(), run.runtime)
         with _timed("evaluate", seconds):
             comparison = split.compare(loaded, written)
-        sizes = loaded.n_bytes, written.stat().st_size
+        sizes = loaded.n_bytes, sum(file.stat().st_size for file in written.parent.iterdir())
         warnings = _warnings(table, comparison, data is None, saved is not None)
-        notes = (*loaded.notes, *quantized.notes, *split.notes, *comparison.notes)
+        told = *loaded.notes, *quantized.notes, *split.notes, *comparison.notes
+        notes = (*told, *_padding_note(observations))
         calibration = Calibration(
             target, table, comparison, split.held_out, sizes, seconds, warnings, notes
         )
         _save_beside(calibration, observations, run, files)
     return calibration
+
+
+@contextmanager
+def _replacing(target: Path, model: Model, run: Run) -> Iterator[Path]:
+    """`whole_file`, after which nothing is left that only an older ``target`` or a run that was cut
+    off needed."""
+    outdated = set(external_files(target)) - {file.absolute() for file in model.files}
+    if run.save_observations is not None:
+        outdated.add(checkpoint_path(run.save_observations))
+    with whole_file(target) as written:
+        yield written
+    for file in outdated:
+        file.unlink(missing_ok=True)
 
 
 def default_output(model: Model, rules: Rules) -> Path:
@@ -127,15 +142,10 @@ def default_output(model: Model, rules: Rules) -> Path:
     return model.path.with_name(f"{model.path.stem}-w{widths.weights}a{widths.activations}.onnx")
 
 
-def _observe(model: Model, split: Split, plan: Plan, rules: Rules) -> Observations:
-    """Observes what the plan needs; all there is, where it is saved for other plans too."""
-    run = split.run
-    names = plan.activations
-    if run.save_observations is not None:
-        uses, _ = quantizable_uses(model)
-        names = tuple(dict.fromkeys(use.tensor for use in uses if use.kind == "activation"))
-    batches = split.calibration()
-    return observe(model, batches, names, rules.reduction.kept_batches, run.runtime)
+def _padding_note(observations: Observations) -> tuple[str, ...]:
+    names = observations.unmasked
+    text = f"{len(names)} activations do not begin with the axes of the padding mask and were "
+    return (f"{text}counted whole, the first {names[0]!r}",) if names else ()
 
 
 def _save_beside(
@@ -151,10 +161,10 @@ def _save_beside(
             files.enter_context(whole_file(run.summary)).write_text(text, "utf-8")
 
 
-def _inputs(model: str | Path, data: object, run: Run) -> list[Path]:
+def _inputs(model: Model, data: object, run: Run) -> list[Path]:
     """The files that are read, the model first."""
-    paths = [model, data if isinstance(data, str | Path) else None, run.observations]
-    return [Path(path) for path in paths if path is not None]
+    paths = [data if isinstance(data, str | Path) else None, run.observations, run.reading.labels]
+    return [*model.files, *(Path(path) for path in paths if path is not None)]
 
 
 def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> dict[str, Any]:
@@ -162,12 +172,14 @@ def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> 
     source = Path(data).name if isinstance(data, str | Path) else type(data).__name__
     return {
         "options": {
-            **asdict(rules),
+            **_plain(asdict(rules)),
             "data": None if data is None else source,
             "samples": run.samples,
-            "batch_size": run.batch_size,
-            "seed": run.seed,
-            **asdict(run.runtime),
+            **_plain(asdict(run.reading)),
+            **_plain(asdict(run.runtime)),
+            "feedback": dict(run.feedback),
+            "padding_mask": run.padding_mask,
+            "external_data": run.external_data,
             "observations": run.observations and run.observations.name,
         },
         "versions": {
@@ -177,6 +189,12 @@ def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> 
         "digests": {"model_sha256": table.model_sha256},
         "n_samples": table.n_samples,
     }
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON can hold them; files by their names."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=lambda path: path.name))
+    return plain
 
 
 def _warnings(

@@ -6,18 +6,31 @@ before it, every node and value has a name. Names of inputs, outputs and nodes a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-from onnxscript import optimizer, rewriter
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+from onnxscript import rewriter
 from onnxscript.rewriter.rules import common as rules
+
+_LOG = logging.getLogger(__name__)
 
 QUANTIZABLE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 _IR_WITHOUT_INITIALIZER_INPUTS = 4
-_ENLARGING_OPS = ("ConstantOfShape", "Expand", "Tile", "Range")
+_NEVER_FOLDED = (
+    "DequantizeLinear",  # it keeps what is quantized already as it is
+    "QuantizeLinear",
+    "DynamicQuantizeLinear",
+    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
+    *("Multinomial", "Bernoulli"),
+)
 _FUSE_BATCHNORM = rewriter.RewriteRuleSet(
     [
         rules.fuse_batchnorm_into_conv_rule,
@@ -37,24 +50,33 @@ class _Names(passes.naming.SimpleNameGenerator):
 def prepare(model: ir.Model) -> tuple[str, ...]:
     """Folds and names in place; returns one note for each kind of change worth telling."""
     notes = []
-    constant_inputs = [v.name for v in model.graph.inputs if v.is_initializer()]
-    if constant_inputs:
-        passes.RemoveInitializersFromInputsPass()(model)
-        model.ir_version = max(model.ir_version, _IR_WITHOUT_INITIALIZER_INPUTS)
-        notes.append(
-            f"{len(constant_inputs)} initializers were also graph inputs: they are constants now"
-        )
+    if model.functions:
+        passes.InlinePass()(model)
+        notes.append("local functions are inlined, so that the layers in them can be quantized")
+    remove_unused(model)
     passes.NameFixPass(_Names())(model)
+    n_constants = _fix_initializer_inputs(model)
+    if n_constants:
+        notes.append(f"{n_constants} initializers were also graph inputs: they are constants now")
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _fold_constant_chains(model)
     folded = _fold_batchnorm(model)
     if folded:
         notes.append(f"{folded} BatchNormalization nodes folded into the layer before them")
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     passes.NameFixPass(_Names())(model)
     with kept_interface(model):
         passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    for graph in model.graphs():  # what was read for folding stays on disk from here
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value.release()
     return tuple(notes)
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Whether a value is an initializer that no feed can override."""
+    return value.is_initializer() and not value.is_graph_input()
 
 
 @contextmanager
@@ -67,32 +89,136 @@ def kept_interface(model: ir.Model) -> Iterator[None]:
         value.type, value.shape = copies[value.name]
 
 
+def all_names(model: ir.Model) -> set[str]:
+    """Names of all values, also in subgraphs."""
+    names = {str(v.name) for node in model.graph.all_nodes() for v in node.outputs}
+    for graph in model.graphs():
+        names.update(graph.initializers, (str(v.name) for v in graph.inputs))
+    return names
+
+
+def unique_name(name: str, taken: set[str]) -> str:
+    """``name``, with a number behind it where it is taken; taken from now on."""
+    unique, number = name, 1
+    while unique in taken:
+        unique, number = f"{name}_{number}", number + 1
+    taken.add(unique)
+    return unique
+
+
+def inner_nodes(node: ir.Node) -> Iterator[ir.Node]:
+    """All nodes in the subgraphs of ``node``, at any depth."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph().all_nodes()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            for graph in attribute.as_graphs():
+                yield from graph.all_nodes()
+
+
+def sources(node: ir.Node) -> Iterator[ir.Node]:
+    """Nodes of the same graph whose outputs ``node``, or a subgraph of it, reads."""
+    for reader in (node, *inner_nodes(node)):
+        for value in reader.inputs:
+            producer = value.producer() if value is not None else None
+            if producer is not None and producer.graph is node.graph:
+                yield producer
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Removes nodes and initializers that no output needs; what only the subgraphs of unused nodes
+    read is unused too."""
+    needed = {producer for v in model.graph.outputs if (producer := v.producer()) is not None}
+    for node in reversed(list(model.graph)):
+        if node in needed:
+            needed.update(sources(node))
+            continue
+        for reader in (node, *inner_nodes(node)):
+            for position in range(len(reader.inputs)):
+                reader.replace_input_with(position, None)
+        model.graph.remove(node)
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def _fix_initializer_inputs(model: ir.Model) -> int:
+    """Where weights are graph inputs too, as exporters once wrote them, all initializers become
+    constants; returns how many did. Otherwise such inputs are defaults that a feed may override.
+    """
+    defaults = [v for v in model.graph.inputs if v.is_initializer()]
+    read_by_layers = any(
+        node.op_type in (*QUANTIZABLE_OPS, "BatchNormalization")
+        for value in defaults
+        for node in value.consumers()
+    )
+    if not defaults or not (read_by_layers or model.ir_version < _IR_WITHOUT_INITIALIZER_INPUTS):
+        return 0
+    passes.RemoveInitializersFromInputsPass()(model)
+    model.ir_version = max(model.ir_version, _IR_WITHOUT_INITIALIZER_INPUTS)
+    return len(defaults)
+
+
 def _fold_constant_chains(model: ir.Model) -> None:
-    wanted = _weight_producers(model)
+    """Makes initializers of what nodes compute from constants alone for a layer to read."""
+    for node in _weight_producers(model):
+        try:
+            arrays = _evaluate(node, model)
+        except Exception as error:  # the reference lacks the operator, or refuses its attributes
+            _LOG.info("%s is not folded: %s", node.name, error)
+            continue
+        for value, array in zip(node.outputs, arrays, strict=True):
+            tensor = ir.tensor(array, name=value.name)
+            constant = ir.Value(name=value.name, const_value=tensor)
+            constant.type, constant.shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+            value.replace_all_uses_with(constant, replace_graph_outputs=True)
+            model.graph.register_initializer(constant)
+        model.graph.remove(node, safe=True)
 
-    def should_fold(node: ir.Node) -> bool | None:
-        if node in wanted:
-            return True
-        return False if node.op_type in _ENLARGING_OPS else None
 
-    optimizer.fold_constants(model, output_size_limit=1 << 62, should_fold=should_fold)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+def _evaluate(node: ir.Node, model: ir.Model) -> list[NDArray[Any]]:
+    """The outputs of a node of which every input is constant, in ONNX's reference."""
+    tensors = {n: _tensor(v) for n, v in enumerate(node.inputs) if v is not None}
+    inputs = {
+        n: ir.Value(name=f"i{n}", type=ir.TensorType(t.dtype), shape=ir.Shape(t.shape.numpy()))
+        for n, t in tensors.items()
+    }
+    outputs = [ir.Value(name=f"o{n}") for n in range(len(node.outputs))]
+    attributes = node.attributes.values()
+    read = [inputs.get(n) for n in range(len(node.inputs))]
+    copy = ir.Node("", node.op_type, read, attributes, outputs=outputs)
+    opsets = {"": model.opset_imports[""]}
+    graph = ir.Graph(list(inputs.values()), outputs, nodes=[copy], opset_imports=opsets, name="g")
+    evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=model.ir_version)))
+    results: Any = evaluator.run(None, {f"i{n}": t.numpy() for n, t in tensors.items()})
+    return [np.asarray(result) for result in results]
 
 
-def _weight_producers(model: ir.Model) -> set[ir.Node]:
-    """Nodes that compute, from constants alone, an input of a layer or of a BatchNormalization."""
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    if value.const_value is None:
+        raise ValueError(f"{value.name} is not constant")
+    return value.const_value
+
+
+def _weight_producers(model: ir.Model) -> list[ir.Node]:
+    """Nodes that compute, from constants alone, an input of a layer or of a BatchNormalization;
+    in graph order."""
     constant: set[ir.Node] = set()
     wanted: set[ir.Node] = set()
     for node in model.graph:
         inputs = [v for v in node.inputs if v is not None]
-        if all(v.is_initializer() or v.producer() in constant for v in inputs):
+        known = all(is_constant(v) or v.producer() in constant for v in inputs)
+        if known and _is_foldable(node):
             constant.add(node)
         if node.op_type in (*QUANTIZABLE_OPS, "BatchNormalization"):
             wanted.update(p for v in inputs if (p := v.producer()) is not None)
     for node in reversed(list(model.graph)):
         if node in wanted & constant:
             wanted.update(p for v in node.inputs if v is not None and (p := v.producer()))
-    return wanted & constant
+    return [node for node in model.graph if node in wanted & constant]
+
+
+def _is_foldable(node: ir.Node) -> bool:
+    has_body = next(inner_nodes(node), None) is not None
+    return node.domain == "" and node.op_type not in _NEVER_FOLDED and not has_body
 
 
 def _fold_batchnorm(model: ir.Model) -> int:

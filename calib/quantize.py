@@ -1,10 +1,13 @@
 """Quantize and dequantize in NumPy: the oracle that every written model is held against.
 
-The arithmetic is that of ONNX's QuantizeLinear and DequantizeLinear in float32, to the bit:
-divide, round half to even, saturate; multiply. Zero points are 0 throughout.
+The arithmetic is that of ONNX's QuantizeLinear and DequantizeLinear, to the bit: in float32 divide,
+round half to even, saturate; multiply, and round to float16 where the tensor is that. Zero points
+are 0 throughout.
 """
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,22 +15,32 @@ from numpy.typing import NDArray
 from calib.granularity import Granularity, along_tensor
 from calib.qtypes import QuantType
 
-# Smallest normal float32: a runtime that flushes subnormals to zero would divide by zero below.
-_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-_LARGEST = np.finfo(np.float32).max
+Float = TypeVar("Float", bound=np.floating)
+
+# float32: the smallest normal number, as a runtime that flushes subnormals to zero would divide by
+# zero below. float16: the smallest number, as runtimes compute with it in float32.
+_SMALLEST_SCALE = {"float32": 2.0**-126, "float16": 2.0**-24}
+_LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": float(np.finfo(np.float16).max)}
 
 
-def scale_from_threshold(threshold: NDArray[np.floating], qtype: QuantType) -> NDArray[np.float32]:
-    """``threshold / steps`` as float32, same shape; the one place where a scale is made.
+def scale_from_threshold(
+    threshold: NDArray[np.floating], qtype: QuantType, dtype: str = "float32"
+) -> NDArray[np.float32]:
+    """``threshold / steps``, same shape, float32 but rounded to what ``dtype`` can hold; the one
+    place where a scale is made.
 
-    Kept within normal float32, and so that the largest integer times the scale is finite.
+    Kept within the numbers of ``dtype``, and so that every integer times the scale is finite.
     """
-    largest = np.nextafter(_LARGEST / np.float32(qtype.qmax), np.float32(0))
-    return np.clip(threshold / qtype.steps, _SMALLEST_SCALE, largest).astype(np.float32)
+    most = max(qtype.qmax, -qtype.qmin)
+    smallest, largest = _SMALLEST_SCALE[dtype], _LARGEST[dtype] / most
+    # Rounding up to float16 must not lift the product above its largest number.
+    largest = largest * (1 - 2.0**-11) if dtype == "float16" else largest * (1 - 2.0**-24)
+    scale = np.clip(threshold / qtype.steps, smallest, largest).astype(dtype)
+    return scale.astype(np.float32)
 
 
 def quantize(
-    tensor: NDArray[np.float32],
+    tensor: NDArray[np.floating],
     scale: NDArray[np.float32],
     qtype: QuantType,
     granularity: Granularity,
@@ -35,7 +48,7 @@ def quantize(
     """The integers of ``tensor`` on the grid: shape kept, int32, within ``qmin … qmax``.
 
     Args:
-        tensor: float32, any shape, finite.
+        tensor: float32 or float16, any shape, finite.
         scale: float32 ``(groups,)``.
         qtype: the grid.
         granularity: which axis the groups run along.
@@ -54,10 +67,11 @@ def dequantize(
 
 
 def fake_quantize(
-    tensor: NDArray[np.float32],
+    tensor: NDArray[Float],
     scale: NDArray[np.float32],
     qtype: QuantType,
     granularity: Granularity,
-) -> NDArray[np.float32]:
-    """What remains of ``tensor`` after a QDQ pair: float32, shape kept."""
-    return dequantize(quantize(tensor, scale, qtype, granularity), scale, granularity)
+) -> NDArray[Float]:
+    """What remains of ``tensor`` after a QDQ pair: shape and dtype kept."""
+    integers = quantize(tensor, scale, qtype, granularity)
+    return dequantize(integers, scale, granularity).astype(tensor.dtype, copy=False)

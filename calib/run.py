@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,10 +12,12 @@ from pathlib import Path
 from calib.arrays import Batch
 from calib.capture import Runtime
 from calib.comparison import Comparison, evaluate
-from calib.data import Batches, Data
+from calib.data import Batches, Data, Reading
 from calib.errors import DataError, OptionError, OutputError
 from calib.graph import Model
 from calib.observations import Observations
+
+EXTERNAL_DATA = ("auto", "always", "never")
 
 Advance = Callable[[int], None]
 Progress = Callable[[str, int | None], AbstractContextManager[Advance]]
@@ -32,23 +34,30 @@ class Run:
 
     Args:
         samples: calibrate on that many first samples, and compare on the others; None: on all.
-        batch_size: samples a feed, where the model leaves that free.
-        seed: of synthetic inputs, where there is no data.
+        reading: how data becomes feeds.
         runtime: provider and threads.
         observations: file to read instead of observing.
         save_observations: file to write what was observed to.
+        external_data: see `calib.write.Quantized.save`.
+        feedback: input → output that is fed back into it at the next feed.
+        padding_mask: an input of integers or bools that is 0 where padding stands; what activations
+            hold there is not counted.
         summary: file to write `Calibration.summary` to, as JSON.
+        checkpoint_seconds: how often observations that are to be saved are saved on the way.
         force: overwrite files that exist.
         progress: called with a stage and its number of samples; gives a function to advance it.
     """
 
     samples: int | None = None
-    batch_size: int = 32
-    seed: int = 0
+    reading: Reading = field(default_factory=Reading)
     runtime: Runtime = field(default_factory=Runtime)
     observations: Path | None = None
     save_observations: Path | None = None
     summary: Path | None = None
+    external_data: str = "auto"
+    feedback: Mapping[str, str] = field(default_factory=dict)
+    padding_mask: str | None = None
+    checkpoint_seconds: float = 30.0
     force: bool = False
     progress: Progress = _silent
 
@@ -56,12 +65,12 @@ class Run:
         for name in ("observations", "save_observations", "summary"):
             path = getattr(self, name)
             object.__setattr__(self, name, None if path is None else Path(path))
+        if self.external_data not in EXTERNAL_DATA:
+            raise OptionError(
+                f"external-data must be {', '.join(EXTERNAL_DATA)}, got {self.external_data!r}"
+            )
         if self.samples is not None and self.samples < 1:
             raise OptionError(f"samples must be at least 1, got {self.samples}")
-        if self.batch_size < 1:
-            raise OptionError(f"batch-size must be at least 1, got {self.batch_size}")
-        if self.seed < 0:
-            raise OptionError(f"seed must not be negative, got {self.seed}")
         if self.observations is not None and self.save_observations is not None:
             raise OptionError(
                 "--observations and --save-observations contradict each other: read or save them"
@@ -105,12 +114,19 @@ class Split:
         notes = (note,) if run.samples not in (None, n) else ()
         return cls(source, run, n, n < available, (*source.notes, *notes))
 
-    def calibration(self) -> Iterator[Batch]:
-        """Batches to observe; the first is kept for what needs just one."""
-        batches = self.source.batches(0, self.n_calibration)
-        for batch in self._shown("observe", batches, self.n_calibration or self.source.n_samples):
-            self.first = self.first or batch
-            yield batch
+    def calibration(self, start: int = 0) -> Iterator[Batch]:
+        """Batches to observe from sample ``start``; the first of all is kept for what needs just
+        one."""
+        batches = self.source.batches(start, self.n_calibration)
+        total = self.n_calibration or self.source.n_samples
+        with self.run.progress("observe", total) as advance:
+            if start:
+                advance(start)
+            for batch in batches:
+                if start == 0:
+                    self.first = self.first or batch
+                yield batch
+                advance(batch.n_samples)
 
     def evaluation(self) -> Iterator[Batch]:
         """Batches to compare on: those not calibrated on, if any are left; of a source that can

@@ -57,6 +57,8 @@ class TensorRecord:
         return {
             "name": self.name,
             "kind": self.spec.kind,
+            "dtype": self.spec.dtype,
+            "method": self.spec.method,
             "bits": self.qtype.bits,
             "signed": self.qtype.signed,
             "granularity": str(self.spec.granularity),

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
-from onnxscript import version_converter
 
-from calib.errors import ModelError, one_line
+from calib.errors import OutputError
 from calib.files import whole_file, writing
-from calib.granularity import onnx_axis
+from calib.granularity import onnx_axis, pieces
 from calib.graph import Model
-from calib.prepare import QUANTIZABLE_OPS, kept_interface
+from calib.prepare import all_names, is_constant, kept_interface, remove_unused, unique_name
 from calib.qtypes import Storage
 from calib.quantize import quantize
+from calib.storage import choose_storages, guarded, raise_opset, widened_note
 from calib.table import CalibrationTable, TensorRecord, dumps
+
+# Writing weights into the model file itself takes them in memory several times.
+_MOST_INLINE = 1_000_000_000
+_PROTOBUF_LIMIT = 2_000_000_000
+
+_SMALLEST_CLIPPED_SCALE = 1e-6
 
 METADATA_KEY = "octav_calibrate"
 
@@ -36,6 +40,7 @@ class Quantized:
         stored: tensor → name of its integers; for a weight an initializer.
         dequantized: tensor → name of what its consumers read instead of it.
         notes: what had to change besides.
+        external_data: the float model has external data.
     """
 
     ir: ir.Model
@@ -43,19 +48,63 @@ class Quantized:
     stored: dict[str, str]
     dequantized: dict[str, str]
     notes: tuple[str, ...]
+    external_data: bool = False
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, external_data: str = "auto") -> None:
         """Writes the model to ``path``, whole or not at all.
+
+        Args:
+            path: file to write.
+            external_data: whether weights go into a file of their own beside it, named after
+                it: ``always``, ``never``, or ``auto``: where they do in the float model, or are
+                larger than 1 GB.
 
         Raises:
             OutputError: if the file cannot be written.
         """
-        with writing(path), whole_file(path) as temporary:
-            self.write(temporary)
+        with whole_file(path) as temporary:
+            self.write(temporary, external_data)
 
-    def write(self, path: Path) -> None:
-        """As `save`, straight to ``path``."""
-        ir.save(self.ir, path)
+    def write(self, path: Path, external_data: str = "auto", data: str | None = None) -> Quantized:
+        """As `save`, straight to ``path``; ``data`` is the name of the other file. Returns the
+        same, its weights on disk instead of in memory."""
+        tensors = [v.const_value for g in self.ir.graphs() for v in g.initializers.values()]
+        n_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        if external_data == "auto":
+            external = n_bytes > _MOST_INLINE or self.external_data
+        else:
+            external = external_data == "always"
+        if not external and n_bytes > _PROTOBUF_LIMIT:
+            raise OutputError(
+                f"{path}: {n_bytes / 1e9:.1f} GB of weights do not fit into an ONNX file itself: "
+                f"leave --external-data at auto"
+            )
+        with writing(path):
+            if external:
+                ir.save(self.ir, path, external_data=data or f"{path.name}.data")
+            else:
+                ir.save(ir.external_data.load_to_model(self.ir.clone()), path)
+            return replace(self, ir=ir.load(path))
+
+
+def free_data_name(path: Path) -> str:
+    """A name for the external data of a model at ``path`` that no file beside it has, so that a
+    model that is being replaced keeps its own until the end."""
+    names = (f"{path.name}{infix}.data" for infix in ("", *(f".{n}" for n in range(2, 1000))))
+    return next(name for name in names if not path.with_name(name).exists())
+
+
+def external_files(path: Path) -> list[Path]:
+    """Files of external data that `Quantized.write` wrote for the model at ``path``; none where
+    there is no such model."""
+    try:
+        tensors = [v.const_value for v in ir.load(path).graph.initializers.values()]
+    except Exception:  # whatever stands there is about to be replaced
+        return []
+    locations = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    ours = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
+    found = (name for name in sorted(locations) if ours.fullmatch(name))
+    return [path.absolute().with_name(name) for name in found]
 
 
 def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
@@ -70,10 +119,11 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
     """
     table.check_model(model)
     quantized = model.ir.clone()
-    storages = _storages(quantized, table)
+    storages = choose_storages(quantized, table)
     with kept_interface(quantized):
-        notes = (*_widened(table, storages), *_raise_opset(quantized, set(storages.values())))
-    writer = _Writer(quantized, storages)
+        raised = raise_opset(quantized, table, storages)
+    notes = (*widened_note(table, storages), *raised)
+    writer = _Writer(model, quantized, storages)
     consumers = {name for record in table.records for name in record.spec.consumers}
     for node in list(quantized.graph):
         if node.name in consumers:
@@ -83,119 +133,25 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
             writer.weight(record)
         else:
             writer.activation(record)
-    passes.RemoveUnusedNodesPass()(quantized)
+    remove_unused(quantized)
     quantized.metadata_props[METADATA_KEY] = dumps(table.manifest)
-    return Quantized(quantized, table, writer.stored, writer.dequantized, notes)
-
-
-def _storages(model: ir.Model, table: CalibrationTable) -> dict[str, Storage]:
-    """How each tensor's integers are stored."""
-    mishandled = _moved_to(model) | _read_with_int8_weights(table)
-
-    def storage(record: TensorRecord) -> Storage:
-        narrowest = record.qtype.storage
-        if record.spec.kind == "weight":
-            return narrowest
-        wider = record.name in mishandled or record.qtype.exceeds(narrowest)
-        return record.qtype.clipped_storage if wider else narrowest
-
-    return {record.name: storage(record) for record in table.records}
-
-
-def _widened(table: CalibrationTable, storages: dict[str, Storage]) -> tuple[str, ...]:
-    """A note where activations with a type of their own are stored in a wider one."""
-    names = [
-        record.name
-        for record in table.records
-        if not record.qtype.exceeds(record.qtype.storage)
-        and storages[record.name] != record.qtype.storage
-    ]
-    note = (
-        f"4-bit activations that are stored in 8 bits, as onnxruntime cannot load 4-bit ones "
-        f"there: {len(names)}, the first {names[:1]}"
-    )
-    return (note,) if names else ()
-
-
-def _moved_to(model: ir.Model) -> set[str | None]:
-    """Values that a Clip or a MaxPool gives, or that are made from one by anything but a layer.
-
-    onnxruntime 1.31 moves a QuantizeLinear to before many such operators, and drops others, and
-    then cannot load a 4-bit one behind the Clip, or before the MaxPool.
-    """
-    found: set[str | None] = set()
-    for node in model.graph:
-        floats = [v.name for v in node.inputs if v is not None and _is_float_activation(v)]
-        follows = len(floats) == 1 and floats[0] in found and node.op_type not in QUANTIZABLE_OPS
-        if node.op_type in ("Clip", "MaxPool") or follows:
-            found.update(value.name for value in node.outputs)
-    return found
-
-
-def _is_float_activation(value: ir.Value) -> bool:
-    return not value.is_initializer() and (value.dtype is None or value.dtype.is_floating_point())
-
-
-def _read_with_int8_weights(table: CalibrationTable) -> set[str]:
-    """Activations of layers whose weights are stored in 8 bits.
-
-    onnxruntime 1.31 makes a QLinearConv of such a Conv, which it then cannot load with 4-bit data.
-    """
-    readers = {
-        name
-        for record in table.records
-        if record.spec.kind == "weight" and record.qtype.storage.bits == 8
-        for name in record.spec.consumers
-    }
-    return {r.name for r in table.records if not readers.isdisjoint(r.spec.consumers)}
-
-
-def _raise_opset(model: ir.Model, storages: set[Storage]) -> tuple[str, ...]:
-    """Raises opset and IR version to what the storage types need, where they are lower."""
-    before = model.opset_imports[""]
-    needed = max((storage.opset for storage in storages), default=before)
-    model.ir_version = max(model.ir_version, _ir_version(needed))
-    if before >= needed:
-        return ()
-    names = ", ".join(sorted(s.name for s in storages if s.opset == needed))
-    logger = logging.getLogger("onnxscript.version_converter")
-    silenced, logger.disabled = logger.disabled, True  # our note says all that it warns of
-    try:
-        version_converter.convert_version(model, needed, fallback=True)
-    except Exception as error:  # the converter raises types of its own
-        raise ModelError(
-            f"opset {before} cannot be raised to {needed}, which {names} needs: {one_line(error)}"
-        ) from error
-    finally:
-        logger.disabled = silenced
-    if model.opset_imports[""] != needed:
-        raise ModelError(
-            f"opset {before} cannot be raised to {needed}, which {names} needs: export the model "
-            f"with opset {needed}, or use widths of 5 to 8 bits (opset 13)"
-        )
-    return (f"opset raised from {before} to {needed} for {names}",)
-
-
-def _ir_version(opset: int) -> int:
-    """The lowest IR version that the release introducing ``opset`` wrote."""
-    version: int = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
-    return version
+    external = len(model.files) > 1
+    return Quantized(quantized, table, writer.stored, writer.dequantized, notes, external)
 
 
 class _Writer:
     """Edits one graph, giving new values names that nothing else has."""
 
-    def __init__(self, model: ir.Model, storages: dict[str, Storage]):
-        self._graph = model.graph
+    def __init__(self, model: Model, quantized: ir.Model, storages: dict[str, Storage]):
+        self._model = model
+        self._graph = quantized.graph
         self._storages = storages
-        values = (v for node in model.graph.all_nodes() for v in node.outputs)
-        self._names = {v.name for v in values}
-        for graph in model.graphs():
-            self._names.update(graph.initializers, (v.name for v in graph.inputs))
-        self._values = {v.name: v for node in model.graph for v in node.outputs}
-        self._values |= {v.name: v for v in model.graph.inputs}
-        self._values.update(model.graph.initializers)
-        self._nodes = {node.name: node for node in model.graph}
+        self._names = all_names(quantized)
+        self._guarded = guarded(quantized)
+        self._values = {v.name: v for node in quantized.graph for v in node.outputs}
+        self._values |= {v.name: v for v in quantized.graph.inputs}
+        self._values.update(quantized.graph.initializers)
+        self._nodes = {node.name: node for node in quantized.graph}
         self.stored: dict[str, str] = {}
         self.dequantized: dict[str, str] = {}
 
@@ -227,30 +183,43 @@ class _Writer:
 
     def weight(self, record: TensorRecord) -> None:
         """Puts the integers of a weight and a DequantizeLinear in its place."""
-        value = self._values[record.name]
-        assert value.const_value is not None
-        tensor = value.const_value.numpy()
-        integers = quantize(tensor, record.scale, record.qtype, record.spec.granularity)
+        tensor = self._model.weight(record.name)
+        granularity = record.spec.granularity
+        integers = np.empty(tensor.shape, self._data_type(record).numpy())
+        for index, groups in pieces(tensor.shape, granularity):
+            part = quantize(tensor[index], record.scale[groups], record.qtype, granularity)
+            integers[index] = part.astype(integers.dtype)
         stored = self._integers(f"{record.name}_quantized", integers, record)
-        axis = onnx_axis(record.spec.granularity)
+        axis = onnx_axis(granularity)
         attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
         self._dequantize(record, [stored, *self._parameters(record)], attributes)
 
     def activation(self, record: TensorRecord) -> None:
         """Puts a QDQ pair between an activation and its consumers."""
         value = source = self._values[record.name]
-        if record.qtype.exceeds(self._storages[record.name]):
-            ends = {"min": record.qtype.qmin, "max": record.qtype.qmax}
-            with np.errstate(over="ignore"):  # beyond float32 on one side there is no value to clip
-                bounds = [
-                    self._constant(f"{record.name}_clip_{end}", np.float32(level) * record.scale[0])
-                    for end, level in ends.items()
-                ]
-            source = self._node("Clip", [value, *bounds], f"{record.name}_clipped", value)
+        if record.qtype.exceeds(self._storages[record.name]) or record.name in self._guarded:
+            source = self._clipped(record, value)
         parameters = self._parameters(record)
         stored = self._node("QuantizeLinear", [source, *parameters], f"{record.name}_quantized")
         stored.dtype, stored.shape = self._data_type(record), value.shape
         self._dequantize(record, [stored, *parameters])
+
+    def _clipped(self, record: TensorRecord, value: ir.Value) -> ir.Value:
+        """``value`` within the grid. onnxruntime 1.31 takes a Clip that cuts off less than 1.2e-7
+        for one that does nothing, and drops it; it leaves Min and Max alone (see also
+        `guarded`)."""
+        low, high = (
+            self._constant(
+                f"{record.name}_clip_{end}",
+                np.asarray(np.float32(level) * record.scale[0]).astype(record.spec.dtype),
+            )
+            for end, level in (("min", record.qtype.qmin), ("max", record.qtype.qmax))
+        )
+        name = f"{record.name}_clipped"
+        if record.scale[0] > _SMALLEST_CLIPPED_SCALE and record.name not in self._guarded:
+            return self._node("Clip", [value, low, high], name, value)
+        below = self._node("Min", [value, high], f"{name}_above", value)
+        return self._node("Max", [below, low], name, value)
 
     def _dequantize(
         self,
@@ -275,7 +244,7 @@ class _Writer:
         per_tensor = onnx_axis(record.spec.granularity) is None
         scale = record.scale.reshape(()) if per_tensor else record.scale
         return [
-            self._constant(f"{record.name}_scale", scale),
+            self._constant(f"{record.name}_scale", scale.astype(record.spec.dtype)),
             self._integers(f"{record.name}_zero_point", np.zeros(scale.shape, np.int32), record),
         ]
 
@@ -301,10 +270,12 @@ class _Writer:
         return result
 
     def _scaled(self, bias: ir.Value, beta: float) -> ir.Value:
-        if bias.const_value is not None:
-            scaled = np.float32(beta) * bias.const_value.numpy()
+        if is_constant(bias) and bias.const_value is not None:
+            array = bias.const_value.numpy()
+            scaled = (np.float32(beta) * array).astype(array.dtype)
             return self._constant(f"{bias.name}_scaled", scaled)
-        factor = self._constant(f"{bias.name}_beta", np.float32(beta))
+        dtype = (bias.dtype or ir.DataType.FLOAT).numpy()
+        factor = self._constant(f"{bias.name}_beta", np.asarray(beta, dtype))
         return self._node("Mul", [bias, factor], f"{bias.name}_scaled", bias)
 
     def _channels_first(self, bias: ir.Value, node: ir.Node) -> ir.Value:
@@ -313,14 +284,15 @@ class _Writer:
         assert weight is not None
         assert weight.shape is not None
         shape = (-1, *[1] * (len(weight.shape) - 2))
-        if bias.const_value is not None:
+        if is_constant(bias) and bias.const_value is not None:
             return self._constant(f"{bias.name}_channels", bias.const_value.numpy().reshape(shape))
         target = self._constant(f"{bias.name}_shape", np.array(shape, np.int64))
         return self._node("Reshape", [bias, target], f"{bias.name}_channels")
 
-    def _integers(self, name: str, integers: NDArray[np.int32], record: TensorRecord) -> ir.Value:
+    def _integers(self, name: str, integers: NDArray[Any], record: TensorRecord) -> ir.Value:
         dtype = self._data_type(record)
-        return self._register(name, ir.tensor(integers.astype(dtype.numpy()), dtype=dtype))
+        array = integers.astype(dtype.numpy(), copy=False)
+        return self._register(name, ir.tensor(array, dtype=dtype))
 
     def _data_type(self, record: TensorRecord) -> ir.DataType:
         return ir.DataType[self._storages[record.name].name]
@@ -340,8 +312,4 @@ class _Writer:
         return value
 
     def _new(self, name: str) -> str:
-        unique, number = name, 1
-        while unique in self._names:
-            unique, number = f"{name}_{number}", number + 1
-        self._names.add(unique)
-        return unique
+        return unique_name(name, self._names)

@@ -16,7 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from calib.graph import Skipped
     from calib.pipeline import Calibration
-    from calib.targets import Plan, Rules
+    from calib.targets import Plan
 
 _PIPE_WIDTH = 100_000  # nothing is folded or cut off in a pipe
 _FEW = 5
@@ -49,12 +49,11 @@ def show_calibration(result: Calibration, verbose: bool) -> None:
     console.print(_pairs(rows))
 
 
-def show_plan(plan: Plan, rules: Rules) -> None:
+def show_plan(plan: Plan) -> None:
     """What would be quantized, how, and what not."""
     table = Table("tensor", "kind", "bits", "granularity", "method", "read by", box=None)
     for spec in plan.specs:
-        method = rules.method_for(spec.kind)
-        cells = [spec.name, spec.kind, str(spec.bits), str(spec.granularity), method]
+        cells = [spec.name, spec.kind, str(spec.bits), str(spec.granularity), spec.method]
         table.add_row(*map(escape, [*cells, ", ".join(spec.consumers)]))
     console = _console()
     console.print(table)
@@ -120,12 +119,14 @@ def _skipped_text(skipped: tuple[Skipped, ...]) -> str:
 
 
 def _records_table(result: Calibration) -> Table:
-    table = Table("tensor", "type", "granularity", "threshold", "SQNR dB", "notes", box=None)
+    columns = ("tensor", "type", "granularity", "method", "threshold", "SQNR dB", "notes")
+    table = Table(*columns, box=None)
     for record in result.table.records:
         low, high = record.threshold.min(), record.threshold.max()
         span = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
         sqnr = "" if record.sqnr_db is None else f"{record.sqnr_db:.1f}"
-        cells = [record.name, str(record.qtype), str(record.spec.granularity), span, sqnr]
+        spec = record.spec
+        cells = [record.name, str(record.qtype), str(spec.granularity), spec.method, span, sqnr]
         table.add_row(*map(escape, [*cells, "; ".join(record.notes)]))
     return table
 

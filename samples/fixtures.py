@@ -1,22 +1,31 @@
-"""Turns the images of the fixtures into an npz file that `octav-calibrate --data` reads.
+"""Recipes for the models of the fixtures, and the data that two of them need.
+
+    cd ../shared/fixtures
+    octav-calibrate mobilenet_v1_025_128.onnx --data imagenet_sample \\
+        --labels imagenet_sample/labels.csv --samples 100 \\
+        --crop 87.5% --resize 128 --mean 0.5 --std 0.5
+    octav-calibrate ultraface_rfb_320.onnx --data imagenet_sample --samples 100 \\
+        --resize 240x320 --pixel-scale 1 --mean 127 --std 128
+
+    python samples/fixtures.py gtcrn FRAMES
+    octav-calibrate gtcrn_stream.onnx --data FRAMES --samples 500 \\
+        --feed-back conv_cache=conv_cache_out --feed-back tra_cache=tra_cache_out \\
+        --feed-back inter_cache=inter_cache_out
 
     python samples/fixtures.py resnet20 OUT.npz [--calib 320] [--val 2000]
-    python samples/fixtures.py mobilenet OUT.npz [--calib 100] [--val 400]
+    octav-calibrate resnet20_cifar10.onnx --data OUT.npz --samples 320
 
-The file holds the model's input under its own name (`input` or `t0`, float32, calibration images
-first) and `labels` (int64). `--calib` is then the number to give to `octav-calibrate --samples`.
-The fixtures are looked for in --fixtures, else in the folder that the environment variable
-OCTAV_FIXTURES names, else in ../shared/fixtures beside the repository.
+`resnet20` writes the model's `input` (float32, calibration images first) and `labels` (int64). It
+looks for the fixtures in --fixtures, else in the folder that the environment variable OCTAV_FIXTURES
+names, else in ../shared/fixtures beside the repository. `gtcrn` writes an .npy for each of 16
+sequences of 125 frames (2 s): `mix` as (frames, 257, 1, 2), spectra of made-up voices in noise.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +37,8 @@ Labels = NDArray[np.int64]
 
 CIFAR_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 CIFAR_STD = np.array([0.229, 0.224, 0.225], np.float32)
-# Of the ImageNet sample, the images by name up to here calibrate and the others evaluate.
-IMAGENET_SPLIT = 100
-IMAGENET_SIZE = 128
-IMAGENET_CROP = 0.875
+SAMPLE_RATE = 16_000
+HOP = 256
 
 
 class FixturesError(Exception):
@@ -59,63 +66,80 @@ def read_cifar(path: Path, n: int, option: str) -> tuple[Images, Labels]:
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)), labels[:n].astype(np.int64)
 
 
-# --- mobilenet --------------------------------------------------------------------------------
+# --- gtcrn ------------------------------------------------------------------------------------
 
 
-def imagenet(fixtures: Path, n_calibration: int, n_evaluation: int) -> tuple[Images, Labels]:
-    """Images (N, 3, 128, 128) in -1..1 and labels (N,)."""
-    folder = fixtures / "imagenet_sample"
-    with (folder / "labels.csv").open(newline="", encoding="utf-8") as lines:
-        rows = sorted((row["file"], int(row["label"])) for row in csv.DictReader(lines))
-    calibration, evaluation = rows[:IMAGENET_SPLIT], rows[IMAGENET_SPLIT:]
-    check_count(n_calibration, len(calibration), "--calib", folder)
-    check_count(n_evaluation, len(evaluation), "--val", folder, least=0)
-    chosen = calibration[:n_calibration] + evaluation[:n_evaluation]
-    images = np.stack([read_jpeg(folder / name) for name, _ in chosen])
-    return images, np.array([label for _, label in chosen], np.int64)
+def frames(rng: np.random.Generator, n_frames: int) -> NDArray[np.float32]:
+    """The spectrum (n_frames, 257, 1, 2), real and imaginary, of a voice in noise at 0 to 15 dB, as
+    GTCRN takes it: frames of 512 samples at 16 kHz, half of each new, under the root of a Hann
+    window."""
+    n_samples = (n_frames + 1) * HOP
+    clean = voice(rng, n_samples)
+    noise = coloured(rng, n_samples, rng.uniform(0, 1))
+    noise *= rms(clean) / rms(noise) * 10 ** (-rng.uniform(0, 15) / 20)
+    mixed = (clean + noise) * rng.uniform(0.02, 0.1) / rms(clean)
+    window = np.sqrt(np.hanning(2 * HOP + 1)[:-1])
+    cut = np.lib.stride_tricks.sliding_window_view(mixed, 2 * HOP)[::HOP] * window
+    spectrum = np.fft.rfft(cut)[:n_frames]
+    parts = np.stack([spectrum.real, spectrum.imag], axis=-1)
+    return parts[:, :, None].astype(np.float32)
 
 
-def read_jpeg(path: Path) -> Images:
-    try:
-        from PIL import Image  # type: ignore[import-not-found,unused-ignore]
-    except ModuleNotFoundError:
-        raise FixturesError(
-            "mobilenet needs Pillow, which is not installed: pip install pillow"
-        ) from None
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    side = round(min(image.size) * IMAGENET_CROP)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    small = square.resize((IMAGENET_SIZE, IMAGENET_SIZE), Image.Resampling.BILINEAR)
-    planes = np.asarray(small, np.float32).transpose(2, 0, 1)
-    scaled: Images = planes / np.float32(127.5) - np.float32(1)
-    return scaled
+def voice(rng: np.random.Generator, n_samples: int) -> NDArray[np.float64]:
+    """Syllables of 0.1 to 0.3 s: harmonics of a gliding pitch under three formants, every fourth or
+    so hissed, with pauses between some."""
+    sound = np.zeros(n_samples)
+    pitch = rng.uniform(90, 240)
+    start = 0
+    while start < n_samples:
+        n = int(rng.uniform(0.1, 0.3) * SAMPLE_RATE)
+        glide = pitch * np.exp(
+            rng.uniform(-0.15, 0.15) + rng.uniform(-0.3, 0.3) * np.linspace(0, 1, n)
+        )
+        phase = np.cumsum(glide) * 2 * np.pi / SAMPLE_RATE
+        if rng.random() < 0.25:
+            syllable = 0.3 * np.diff(rng.standard_normal(n + 1))
+        else:
+            formants = rng.uniform((250, 900, 2200), (900, 2300, 3500))
+            harmonics = np.arange(1, int(0.45 * SAMPLE_RATE / pitch / 1.2))
+            distance = (harmonics[:, None] * pitch - formants) / (60 + 0.06 * formants)
+            loudness = (1 / (1 + distance**2)).sum(axis=1) / harmonics**0.5
+            offsets = rng.uniform(0, 2 * np.pi, len(harmonics))
+            waves = np.sin(harmonics[:, None] * phase + offsets[:, None])
+            syllable = loudness @ waves
+        room = sound[start : start + n]
+        room += (syllable * np.hanning(n) * rng.uniform(0.3, 1))[: len(room)]
+        start += int(n * (0.85 if rng.random() < 0.8 else 2))
+    return sound
+
+
+def coloured(rng: np.random.Generator, n_samples: int, slope: float) -> NDArray[np.float64]:
+    """Noise whose amplitude falls with the frequency to the power of ``slope``."""
+    spectrum = np.fft.rfft(rng.standard_normal(n_samples))
+    spectrum /= np.maximum(np.arange(len(spectrum)), 20) ** slope
+    return np.fft.irfft(spectrum, n_samples)
+
+
+def rms(sound: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(sound**2)))
+
+
+def save_frames(folder: Path, n_sequences: int, n_frames: int) -> None:
+    """Sequences 00.npy and so on, always the same."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FixturesError(f"{folder} must be a new or an empty folder")
+    folder.mkdir(exist_ok=True)
+    for number in range(n_sequences):
+        np.save(folder / f"{number:02}.npy", frames(np.random.default_rng(number), n_frames))
 
 
 # --- command line -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model's images come from, and what its input is called."""
-
-    input_name: str
-    read: Callable[[Path, int, int], tuple[Images, Labels]]
-    n_calibration: int
-    n_evaluation: int
-
-
-SOURCES = {
-    "resnet20": Source("input", cifar, 320, 2000),
-    "mobilenet": Source("t0", imagenet, 100, 400),
-}
-
-
-def check_count(n: int, n_there: int, option: str, source: Path, least: int = 1) -> None:
-    if not least <= n <= n_there:
+def check_count(n: int, n_there: int, option: str, source: Path) -> None:
+    if not 1 <= n <= n_there:
         raise FixturesError(
-            f"{option} must be in {least}..{n_there}, the images for it in {source}; got {n}"
+            f"{option} must be in 1..{n_there}, the images for it in {source}; got {n}"
         )
 
 
@@ -143,33 +167,48 @@ def save(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turn the fixtures' images into an npz file.")
+    parser = argparse.ArgumentParser(description="Make data for the models of the fixtures.")
     commands = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
-    for model, source in SOURCES.items():
-        command = commands.add_parser(model, help=f"data for the fixtures' {model}")
-        command.add_argument("out", type=Path, metavar="OUT.npz")
-        command.add_argument("--calib", type=int, default=source.n_calibration)
-        command.add_argument("--val", type=int, default=source.n_evaluation)
-        command.add_argument("--fixtures", type=Path, metavar="DIR")
+    resnet = commands.add_parser("resnet20", help="images as an npz")
+    resnet.add_argument("out", type=Path, metavar="OUT.npz")
+    resnet.add_argument("--calib", type=int, default=320)
+    resnet.add_argument("--val", type=int, default=2000)
+    resnet.add_argument("--fixtures", type=Path, metavar="DIR")
+    gtcrn = commands.add_parser("gtcrn", help="sequences of spectra as a folder of npy")
+    gtcrn.add_argument("out", type=Path, metavar="FOLDER")
+    gtcrn.add_argument("--sequences", type=int, default=16)
+    gtcrn.add_argument("--frames", type=int, default=125)
     return parser.parse_args()
+
+
+def make_resnet20(arguments: argparse.Namespace) -> str:
+    fixtures = find_fixtures(arguments.fixtures)
+    images, labels = cifar(fixtures, arguments.calib, arguments.val)
+    save(arguments.out, {"input": images, "labels": labels})
+    shape = " x ".join(str(size) for size in images.shape[1:])
+    return (
+        f"wrote {arguments.out}: `input` holds {arguments.calib} calibration images, then "
+        f"{arguments.val} evaluation images, {shape}; calibrate with --samples {arguments.calib}"
+    )
+
+
+def make_gtcrn(arguments: argparse.Namespace) -> str:
+    if min(arguments.sequences, arguments.frames) < 1:
+        raise FixturesError("--sequences and --frames must be at least 1")
+    save_frames(arguments.out, arguments.sequences, arguments.frames)
+    return (
+        f"wrote {arguments.out}: {arguments.sequences} sequences of {arguments.frames} frames for "
+        f"`mix`"
+    )
 
 
 def main() -> int:
     arguments = parse_arguments()
-    source = SOURCES[arguments.model]
     try:
-        fixtures = find_fixtures(arguments.fixtures)
-        images, labels = source.read(fixtures, arguments.calib, arguments.val)
-        save(arguments.out, {source.input_name: images, "labels": labels})
+        print({"resnet20": make_resnet20, "gtcrn": make_gtcrn}[arguments.model](arguments))
     except (FixturesError, OSError) as error:
         print(f"fixtures.py: {error}", file=sys.stderr)
         return 2
-    shape = " x ".join(str(size) for size in images.shape[1:])
-    print(
-        f"wrote {arguments.out}: `{source.input_name}` holds {arguments.calib} calibration images, "
-        f"then {arguments.val} evaluation images, {shape}; calibrate with "
-        f"--samples {arguments.calib}"
-    )
     return 0
 
 

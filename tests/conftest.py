@@ -16,10 +16,10 @@ from models import MODELS, Array, Feed, feed_for
 from calib.arrays import Batch
 from calib.calibration import calibrate
 from calib.capture import version
-from calib.data import open_data
+from calib.data import Reading, open_data
 from calib.errors import DataError
 from calib.graph import Model, ValueSpec, load_model
-from calib.observations import observe
+from calib.observations import Observing, observe
 from calib.table import CalibrationTable
 from calib.targets import Rules, Widths, make_plan
 
@@ -96,7 +96,8 @@ def joined(batches: Iterator[Batch], name: str) -> Array:
 def data_refusal(model: Model, source: object, **settings: int) -> str:
     """The one line that says why ``source`` is no data for ``model``."""
     with pytest.raises(DataError) as caught:
-        for _ in open_data(model, source, **settings).batches():
+        reading = Reading(**settings)  # type: ignore[arg-type]
+        for _ in open_data(model, source, reading).batches():
             pass
     message = str(caught.value)
     assert "\n" not in message
@@ -115,5 +116,6 @@ def calibrated(
     """A table for ``model`` from one batch, and that batch; random where none is given."""
     feed = feed or feed_for(ir.to_proto(model.ir), n=16)
     plan = make_plan(model, rules)
-    observations = observe(model, [Batch(feed)], plan.activations, rules.reduction.kept_batches)
+    how = Observing(rules.reduction.kept_batches)
+    observations = observe(model, [Batch(feed)], plan.activations, how)
     return calibrate(model, observations, plan, rules), feed

@@ -29,40 +29,62 @@ FLOW = (
     "calibrators",
     "prepare",
     "graph",
+    "rules",
     "targets",
     "arrays",
+    "synthetic",
+    "arrayfiles",
+    "folders",
+    "testsets",
+    "images",
+    "labels",
+    "imagefolder",
     "data",
     "capture",
     "observations",
     "table",
     "calibration",
+    "storage",
     "write",
     "comparison",
     "verification",
     "run",
+    "resuming",
+    "yaml_text",
+    "readers",
+    "config",
     "pipeline",
     "testing",
 )
 # The only files that may import each of these libraries, or any part of them.
 DOORS = {
     "onnxruntime": {"calib.capture"},
-    "onnx": {"calib.graph", "calib.write", "calib.verification"},
+    "onnx": {
+        "calib.prepare",
+        "calib.graph",
+        "calib.testsets",
+        "calib.storage",
+        "calib.verification",
+    },
     "onnx_ir": {
         "calib.prepare",
         "calib.graph",
         "calib.capture",
+        "calib.storage",
         "calib.write",
         "calib.verification",
     },
-    "onnxscript": {"calib.prepare", "calib.write"},
-    "click": {"cli.calibrate", "cli._main"},
+    "onnxscript": {"calib.prepare", "calib.storage"},
+    "click": {"cli.calibrate", "cli._main", "cli._options"},
     "rich": {"cli._show"},
+    "yaml": {"calib.yaml_text"},
+    "PIL": {"calib.images"},
     "torch": set(),
 }
 # What a file of ours may import besides: anything else is a new dependency.
 LIGHT = {"calib", "numpy", *sys.stdlib_module_names}
 # None of these is loaded by importing the library, nor by asking the command for help.
-HEAVY = ("onnxruntime", "torch", "onnx", "onnx_ir", "onnxscript", "rich")
+HEAVY = ("onnxruntime", "torch", "onnx", "onnx_ir", "onnxscript", "rich", "yaml")
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 40

@@ -9,19 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import data_refusal, joined, model_taking
+from data_models import ONE, TWO, joined, model_taking, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 from models import Array, values
 
-from calib.data import open_data
+from calib.data import Reading, open_data
 from calib.errors import DataError
 from calib.graph import Model
 
 NUMBERS = st.sampled_from(["float32", "float64", "float16", "int64", "uint8", "bool"])
-ONE = model_taking(("x", "float32", ("N", 6)))
-TWO = model_taking(("x", "float32", ("N", 6)), ("z", "float32", ("N", 4)))
 
 
 def saved(folder: Path, compressed: bool = False, **arrays: Array) -> Path:
@@ -45,7 +43,7 @@ def test_rows_read_in_chunks_are_the_rows_of_the_array(
         if kind == "npy":
             path = path.with_suffix(".npy")
             np.save(path, array)
-        batches = list(open_data(model, path, size).batches(start, stop))
+        batches = list(open_data(model, path, Reading(size)).batches(start, stop))
     wanted = array[start:stop]
     assert [b.n_samples for b in batches[:-1]] == [size] * (len(batches) - 1)
     assert sum(b.n_samples for b in batches) == len(wanted)
@@ -55,7 +53,7 @@ def test_rows_read_in_chunks_are_the_rows_of_the_array(
 
 
 def test_a_second_pass_reads_the_same(tmp_path: Path) -> None:
-    data = open_data(ONE, saved(tmp_path, compressed=True, x=values(7, 6)), 3)
+    data = open_data(ONE, saved(tmp_path, compressed=True, x=values(7, 6)), Reading(3))
     assert data.n_samples == 7
     first, second = joined(data.batches(), "x"), joined(data.batches(), "x")
     np.testing.assert_array_equal(first, second)
@@ -63,7 +61,7 @@ def test_a_second_pass_reads_the_same(tmp_path: Path) -> None:
 
 def test_labels_travel_with_their_samples(tmp_path: Path) -> None:
     labels = np.arange(10, dtype=np.int32)
-    data = open_data(ONE, saved(tmp_path, labels=labels, x=values(10, 6)), 4)
+    data = open_data(ONE, saved(tmp_path, labels=labels, x=values(10, 6)), Reading(4))
     batches = list(data.batches(3))
     assert [list(b.feed) for b in batches] == [["x"], ["x"]]
     found = np.concatenate([b.labels for b in batches if b.labels is not None])
@@ -84,7 +82,9 @@ def test_an_input_may_be_called_labels(tmp_path: Path) -> None:
 
 
 def test_a_fixed_batch_is_kept_to_and_left_over_samples_are_noted(tmp_path: Path) -> None:
-    data = open_data(model_taking(("x", "float32", (4, 6))), saved(tmp_path, x=values(11, 6)), 32)
+    data = open_data(
+        model_taking(("x", "float32", (4, 6))), saved(tmp_path, x=values(11, 6)), Reading(32)
+    )
     assert (data.n_samples, data.multiple) == (8, 4)
     assert data.notes == ("the last 3 samples fill no batch of 4: not used",)
     assert [b.n_samples for b in data.batches()] == [4, 4]
@@ -108,15 +108,14 @@ def test_files_that_cannot_be_data_are_refused(tmp_path: Path) -> None:
     text, picture = tmp_path / "notes.npz", tmp_path / "x.png"
     text.write_text("not a zip file")
     picture.write_bytes(b"\x89PNG")
-    kinds = "calibration data must be an .npz or .npy file"
-    assert data_refusal(ONE, tmp_path / "no.npz") == f"{tmp_path / 'no.npz'}: no such file"
-    assert data_refusal(ONE, tmp_path) == f"{tmp_path}: is a directory, not a file"
-    assert data_refusal(ONE, str(picture)) == f"{picture}: {kinds}"
-    assert data_refusal(ONE, text).startswith(f"{text}: cannot be read: ")
+    kinds = "calibration data must be an .npz or .npy file, a directory, or package.module:function"
+    assert refusal(ONE, tmp_path / "no.npz") == f"{tmp_path / 'no.npz'}: no such file"
+    assert refusal(ONE, str(picture)) == f"{picture}: {kinds}"
+    assert refusal(ONE, text).startswith(f"{text}: cannot be read: ")
     bad = tmp_path / "bad.npy"
     for content in (b"", b"\x93NUMPY", b"no header at all"):
         bad.write_bytes(content)
-        assert data_refusal(ONE, bad).startswith(f"{bad}: cannot be read: ")
+        assert refusal(ONE, bad).startswith(f"{bad}: cannot be read: ")
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -131,7 +130,7 @@ def test_a_file_cut_off_or_damaged_anywhere_is_refused_or_read_right(
         for broken in (content[:position], damaged):
             path.write_bytes(broken)
             try:
-                read = joined(open_data(ONE, path, 16).batches(), "x")
+                read = joined(open_data(ONE, path, Reading(16)).batches(), "x")
             except DataError as error:
                 assert str(error).startswith(f"{path}: ")  # noqa: PT017
                 refused += 1
@@ -144,7 +143,7 @@ def test_an_npy_that_ends_early_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     np.save(path, values(10, 6))
     path.write_bytes(path.read_bytes()[:-100])
-    assert data_refusal(ONE, path, batch_size=4) == f"{path}: 'x' ends before row 10"
+    assert refusal(ONE, path, Reading(4)) == f"{path}: 'x' ends before row 10"
 
 
 def test_arrays_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
@@ -157,7 +156,7 @@ def test_arrays_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
         (ONE, {"images": x}, f"no array for input 'x'; it holds 'images': {named}"),
         (ONE, {}, f"no array for input 'x'; it holds nothing: {named}"),
         (ONE, {"x": x.astype(np.float64)},
-         "'x' is float64, the model takes float32: save it with .astype(np.float32)"),
+         "'x' is float64, the model takes float32: convert it with .astype(np.float32)"),
         (ONE, {"x": values(5, 7)}, f"'x' is 5x7, {takes}"),
         (ONE, {"x": values(6)}, f"'x' is 6, {takes}"),
         (ONE, {"x": values(5, 6, 1)}, f"'x' is 5x6x1, {takes}"),
@@ -177,13 +176,13 @@ def test_arrays_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     ]  # fmt: skip
     for model, arrays, expected in cases:
         path = saved(tmp_path, False, **arrays)
-        assert data_refusal(model, path) == f"{path}: {expected}"
+        assert refusal(model, path) == f"{path}: {expected}"
 
 
 def test_an_npy_serves_models_with_one_input_only(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     np.save(path, values(5, 6))
-    assert data_refusal(TWO, path) == (
+    assert refusal(TWO, path) == (
         f"{path}: an .npy holds one array, the model has 2 inputs: use an .npz with arrays "
         f"named 'x', 'z'"
     )
@@ -197,4 +196,4 @@ def test_a_member_compressed_in_an_unknown_way_is_refused(tmp_path: Path) -> Non
         content = content[:at] + b"\x63\x00" + content[at + 2 :]
     path.write_bytes(content)
     assert zipfile.ZipFile(path).infolist()[0].compress_type == 0x63
-    assert data_refusal(ONE, path).startswith(f"{path}: ")
+    assert refusal(ONE, path).startswith(f"{path}: ")

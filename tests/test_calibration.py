@@ -22,7 +22,7 @@ from calib.distribution import Distribution, Histogram, Samples
 from calib.errors import CalibratorError, ObservationsError
 from calib.granularity import to_groups
 from calib.graph import Model, load_model
-from calib.observations import Observations, observe
+from calib.observations import Observations, Observing, observe
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize
 from calib.table import CalibrationTable, TensorRecord
@@ -52,7 +52,8 @@ def from_batches(arrays: Sequence[Array], rules: Rules, keep: int | None = None)
     kept = rules.reduction.kept_batches if keep is None else keep
     feeds = [Batch({"x": array.astype(np.float32)}) for array in arrays]
     return record(
-        calibrate(model, observe(model, feeds, plan.activations, kept), plan, rules), "hidden"
+        calibrate(model, observe(model, feeds, plan.activations, Observing(kept)), plan, rules),
+        "hidden",
     )
 
 

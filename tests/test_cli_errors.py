@@ -55,7 +55,35 @@ OPTIONS: dict[str, Case] = {
     "negative edge bits": (["--edge-bits", -4], ["edge-bits", "2 to 8 or 16", "got -4"]),
     "0 samples": (["--samples", 0], ["samples", "at least 1", "got 0"]),
     "a batch size of 0": (["--batch-size", 0], ["batch-size", "at least 1", "got 0"]),
-    "0 mean batches": (["--mean-batches", 0], ["mean-batches", "at least 1", "got 0"]),
+    "0 mean batches": (
+        ["--reduce", "mean", "--mean-batches", 0],
+        ["--mean-batches", "at least 1", "got 0"],
+    ),
+    "mean batches without a mean": (
+        ["--mean-batches", 3],
+        ["--mean-batches belongs to reduce mean", "'pool'"],
+    ),
+    "a feedback that names no output": (["--feed-back", "x"], ["--feed-back", "'x'", "INPUT=OUT"]),
+    "a feedback without an input": (["--feed-back", "=y"], ["--feed-back", "'=y'"]),
+    "two feedbacks into one input": (
+        ["--feed-back", "x=y", "--feed-back", "x=z"],
+        ["--feed-back", "'x' is given twice"],
+    ),
+    "a pixel scale that is no number": (
+        ["--pixel-scale", "1/0"],
+        ["--pixel-scale", "a number or a fraction, as 1/255", "'1/0'"],
+    ),
+    "a mean that is no number": (["--mean", "0.5,red,1"], ["--mean[1]", "a number", "'red'"]),
+    "a std of zero": (["--std", "0"], ["--std must be above 0"]),
+    "a percentile that is nan": (
+        ["--method", "percentile", "--percentile", "nan"],
+        ["--percentile must be a number, got nan"],
+    ),
+    "external data of an unknown kind": (
+        ["--external-data", "perhaps"],
+        ["--external-data must be auto, always, never", "'perhaps'"],
+    ),
+    "an empty path": (["--output", ""], ["is a directory"]),
     "negative threads": (["--threads", -1], ["threads", "0 to 1024", "got -1"]),
     "a negative seed": (["--seed", -1], ["seed", "-1"]),
     "an unknown provider": (["--provider", "Abacus"], ["'Abacus'", "CPUExecutionProvider"]),
@@ -76,7 +104,7 @@ OPTIONS: dict[str, Case] = {
     "a percentile above 100": (["--method", "percentile", "--percentile", 101], ["101", "100"]),
     "a percentile for another method": (
         ["--method", "mse", "--percentile", 99],
-        ["--percentile", "--method percentile", "'mse'"],
+        ["--percentile belongs to method percentile", "'mse'"],
     ),
     "a percentile given twice": (
         ["--method", "percentile:99", "--percentile", 99.9],
@@ -92,7 +120,7 @@ OPTIONS: dict[str, Case] = {
     ),
     "op types that leave nothing": (["--op-types", "Conv"], ["nothing left", "--op-types"]),
     "an unknown op type": (["--op-types", "MatMul,Softmax"], ["'Softmax'", "Conv, ", "MatMul"]),
-    "quiet and verbose": (["--quiet", "--verbose"], ["--quiet", "--verbose", "contradict"]),
+    "quiet and verbose": (["--quiet", "--verbose"], ["--quiet and verbose contradict"]),
     "observations both read and saved": (
         ["--observations", "a.npz", "--save-observations", "b.npz"],
         ["--observations", "--save-observations", "contradict"],

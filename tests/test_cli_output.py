@@ -193,10 +193,11 @@ def test_help_describes_every_option_and_fits_100_columns(
 def test_every_example_of_the_help_works(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.move("digits.onnx", "model.onnx")
     shutil.move("digits.npz", "calib.npz")
+    (room / "octav.yaml").write_text("data: calib.npz\n")
     text = succeed(capsys, "--help").out
     examples = re.findall(r"^  octav-calibrate (.*)$|^    octav-calibrate (.*)$", text, re.M)
     lines = [first or second for first, second in examples]
-    assert len(lines) >= 3
+    assert len(lines) >= 4
     for line in lines:
         succeed(capsys, *shlex.split(line), *([] if "--dry-run" in line else ["--force"]))
     assert {"model-w4a4.onnx", "model-w4a8.onnx"} <= set(contents(room))

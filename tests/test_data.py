@@ -1,23 +1,18 @@
-"""Calibration data from iterables of batches, and synthetic inputs."""
+"""Calibration data from iterables of batches."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Load, Save, data_refusal, joined, model_taking
-from models import Array, fixed_batch, parsed, values
+from data_models import ONE, TWO, joined, model_taking, read, refusal
+from models import Array, values
 
-from calib.arrays import Arrays, Batch
-from calib.data import Batches, open_data
-from calib.errors import DataError
-from calib.graph import Model, load_model
-
-ONE = model_taking(("x", "float32", ("N", 6)))
-TWO = model_taking(("x", "float32", ("N", 6)), ("z", "float32", ("N", 4)))
+from calib.data import Batches, Reading, open_data
+from calib.errors import DataError, OptionError
+from calib.graph import Model
 
 
 class Tensor:
@@ -39,8 +34,16 @@ class Tensor:
         raise RuntimeError("can't convert a tensor that requires grad")
 
 
-def test_a_batch_size_below_one_is_refused() -> None:
-    assert data_refusal(ONE, None, batch_size=0) == "batch-size must be at least 1, got 0"
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "^batch-size must be at least 1, got 0$"),
+        ({"seed": -1}, "^seed must not be negative, got -1$"),
+    ],
+)
+def test_readings_that_make_no_sense_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Reading(**settings)  # type: ignore[arg-type]
 
 
 # --- iterables ----------------------------------------------------------------------------------
@@ -124,13 +127,14 @@ def test_batches_that_do_not_fit_the_model_are_refused() -> None:
         (TWO, [(good,)], "batch 0: 1 arrays, the model has 2 inputs: 'x', 'z'"),
         (ONE, [good, (good, good, good)], "batch 1: 3 arrays, the model has 1 inputs: 'x'"),
         (ONE, [{"y": good}], "batch 0: no array for input 'x'; got 'y'"),
-        (ONE, [good.astype(int)], "batch 0: 'x' is int64, the model takes float32"),
+        (ONE, [good.astype(int)],
+         "batch 0: 'x' is int64, the model takes float32: convert it with .astype(np.float32)"),
         (ONE, [good, values(3, 5)],
          "batch 1: 'x' is 3x5, the model takes Nx6, with samples along the first axis"),
         (ONE, 7, "data must be a path or an iterable of batches, got 7"),
     ]  # fmt: skip
     for model, source, expected in cases:
-        assert data_refusal(model, source) == expected
+        assert refusal(model, source) == expected
 
 
 def test_batches_of_an_iterable_are_cut_where_the_samples_asked_for_begin_and_end() -> None:
@@ -177,73 +181,62 @@ def test_asking_whether_a_source_ends_does_not_start_it() -> None:
     assert source.started == 0
 
 
-# --- synthetic inputs ---------------------------------------------------------------------------
+def test_arrays_with_one_axis_less_are_samples_that_need_not_stack() -> None:
+    free = model_taking(("x", "float32", ("N", "T", 3)))
+    samples = [values(5, 3), (values(7, 3), np.int64(4)), {"x": values(2, 9, 3)}]
+    found = read(free, samples)
+    assert [b.feed["x"].shape for b in found] == [(1, 5, 3), (1, 7, 3), (2, 9, 3)]
+    assert np.array_equal(np.asarray(found[1].labels), [4])
+    assert [b.n_samples for b in open_data(free, samples).batches(1, 3)] == [1, 1]
 
 
-def synthetic(model: Model, size: int = 32, seed: int = 0) -> list[Batch]:
-    return list(open_data(model, None, size, seed).batches())
-
-
-def test_synthetic_inputs_are_decided_by_the_seed() -> None:
-    first, again, other = (synthetic(TWO, seed=seed) for seed in (3, 3, 4))
-    for a, b, c in zip(first, again, other, strict=True):
-        for name in ("x", "z"):
-            np.testing.assert_array_equal(a.feed[name], b.feed[name])
-            assert not np.array_equal(a.feed[name], c.feed[name])
-    x = joined(iter(first), "x")
-    assert len({row.tobytes() for row in x}) == len(x) == 64
-    assert abs(float(x.mean())) < 0.2
-    assert abs(float(x.std()) - 1) < 0.2
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "made"),
-    [
-        (("N", 6), "float32", (32, 6)),
-        (("N", "T", 4), "float16", (32, 32, 4)),
-        (("N", None), "int64", (32, 32)),
-        ((None,), "bool", (32,)),
-        ((5, 2), "uint8", (5, 2)),
-        ((), "float32", ()),
-    ],
-)
-def test_synthetic_inputs_fit_the_declared_shape_and_type(
-    shape: tuple[Any, ...], dtype: str, made: tuple[int, ...]
-) -> None:
-    for batch in synthetic(model_taking(("x", dtype, shape))):
-        assert (batch.feed["x"].shape, batch.feed["x"].dtype.name) == (made, dtype)
-        if dtype != "float32":
-            assert float(np.abs(batch.feed["x"].astype(np.float32)).max()) < 6
-
-
-@pytest.mark.parametrize("size", [1, 7, 32, 100])
-def test_synthetic_batches_are_whole_and_hold_64_samples_at_least(size: int) -> None:
-    assert {b.n_samples for b in synthetic(ONE, size)} == {size}
-    total = open_data(ONE, None, size).n_samples
-    assert total is not None
-    assert total % size == 0
-    assert total >= 64
-
-
-def test_inputs_that_disagree_about_the_batch_are_fed_as_declared(save: Save) -> None:
-    text = """(float[1,6] x, float[2,1,4] state) => (float[1,5] y) <float[6,5] w> {
-      y = MatMul(x, w) }"""
-    model = load_model(save(parsed(text)))
-    shapes = {tuple(a.shape for a in batch.feed.values()) for batch in synthetic(model)}
-    assert shapes == {((1, 6), (2, 1, 4))}
-    feeds = [{"x": values(1, 6), "state": values(2, 1, 4)}]
-    assert len(list(open_data(model, feeds).batches())) == 1
-    path = save(parsed(text)).with_suffix(".npz")
-    message = re.escape(
-        f"{path}: the model's inputs have different fixed first axes [1, 2]: which of them counts "
-        f"samples cannot be told; feed dictionaries from Python instead"
+def test_more_samples_than_the_model_takes_at_a_time_are_fed_in_parts() -> None:
+    rows, labels = values(6, 6), np.arange(6)
+    for fixed, n_feeds in ((1, 6), (2, 3)):
+        found = read(model_taking(("x", "float32", (fixed, 6))), [(rows, labels)])
+        assert [b.n_samples for b in found] == [fixed] * n_feeds
+        np.testing.assert_array_equal(joined(found, "x"), rows)
+        assert np.concatenate([b.labels for b in found if b.labels is not None]).tolist() == [
+            *range(6)
+        ]
+    assert refusal(model_taking(("x", "float32", (4, 6))), [rows]) == (
+        "batch 0: 6 samples, the model takes 4 at a time"
     )
-    with pytest.raises(DataError, match=f"^{message}$"):
-        open_data(model, path)
 
 
-def test_a_fixed_batch_is_known_from_the_model(save: Save, load: Load) -> None:
-    fixed = open_data(load_model(save(fixed_batch(4))), None)
-    assert isinstance(fixed, Arrays)
-    assert (fixed.multiple, fixed.batch_size) == (4, 4)
-    assert open_data(load("conv_bias"), None).multiple == 1
+def test_single_numbers_are_fed_whole_where_batches_are_cut() -> None:
+    model = model_taking(("rate", "float32", ()), ("x", "float32", ("N", 6)))
+    data = open_data(model, [{"x": values(4, 6), "rate": np.float32(3)}])
+    (batch,) = data.batches(1, 3)
+    assert (batch.n_samples, float(batch.feed["rate"])) == (2, 3.0)
+    assert batch.feed["x"].shape == (2, 6)
+
+
+def test_tuples_hold_the_required_inputs_and_dictionaries_any() -> None:
+    model = model_taking(
+        ("mask", "bool", ("N",)), ("x", "float32", ("N", 6)), optional="mask"
+    )  # fmt: skip
+    mask, x = np.ones(3, bool), values(3, 6)
+    found = read(model, [x, (x, np.arange(3)), {"x": x, "mask": mask}])
+    assert [sorted(b.feed) for b in found] == [["x"], ["x"], ["mask", "x"]]
+    assert refusal(model, [{"mask": mask}]) == "batch 0: no array for input 'x'; got 'mask'"
+    assert refusal(model, [{"x": x, "mask": x}]) == (
+        "batch 0: 'mask' is float32, the model takes bool: convert it with .astype(np.bool)"
+    )
+
+
+def test_an_item_with_an_input_that_is_fed_back_starts_a_sequence() -> None:
+    model = model_taking(("s", "float32", (2, 4)), ("x", "float32", (1, 6)), fed_back="s")
+    x, state = values(1, 6), values(2, 4)
+    data = open_data(model, [x, {"x": x}, {"x": x, "s": state}, values(3, 6)])
+    for _ in range(2):
+        found = [(b.restart, "s" in b.feed) for b in data.batches()]
+        assert found == [(True, False), (False, False), (True, True), *[(False, False)] * 3]
+    (first, *later) = read(model, [{"x": values(3, 6), "s": state}])
+    assert (first.restart, "s" in first.feed) == (True, True)
+    assert [(b.restart, list(b.feed)) for b in later] == [(False, ["x"])] * 2
+    assert refusal(model, [{"x": x, "s": x}]) == "batch 0: 's' is 1x6, the model takes 2x4"
+
+
+def test_an_iterable_has_no_identity() -> None:
+    assert open_data(ONE, [values(2, 6)]).identity is None

@@ -17,6 +17,7 @@ from calib import (
     Model,
     Observations,
     QuantType,
+    Reading,
     Rules,
     Run,
     Samples,
@@ -101,7 +102,7 @@ def calibrated(model: Model, data: Path, tmp_path_factory: pytest.TempPathFactor
     @cache
     def run(method: str, bits: int) -> Calibration:
         rules = Rules(widths=Widths(bits, bits), method=method)
-        settings = Run(samples=N_CALIBRATION, force=True, batch_size=100)
+        settings = Run(samples=N_CALIBRATION, force=True, reading=Reading(100))
         return calibrate_model(model.path, data, rules, output, settings)
 
     return run

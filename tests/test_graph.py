@@ -60,7 +60,10 @@ USES = {
         "hidden > /Gemm/y edge", "head1 > /Gemm/y edge axis 1",
         "hidden > /Gemm/second edge", "head2 > /Gemm/second edge axis 1",
     ],
-    "float16_conv": ["full > /MatMul/output edge", "weight > /MatMul/output edge axis 1"],
+    "float16_conv": [
+        "half > /Conv/conv edge",
+        "kernel > /Conv/conv edge axis 0",
+        "full > /MatMul/output edge", "weight > /MatMul/output edge axis 1"],
     "already_quantized": ["hidden > /MatMul/y edge", "weight > /MatMul/y edge axis 1"],
     "embedding": ["vectors > /MatMul/y edge", "weight > /MatMul/y edge axis 1"],
 }  # fmt: skip
@@ -251,11 +254,21 @@ def skipped_of(model: onnx.ModelProto, save: Save) -> list[tuple[str, str]]:
     return [(s.name, s.reason) for s in skipped]
 
 
-def test_what_is_not_float32_stays_and_the_reason_is_given(save: Save) -> None:
-    assert skipped_of(MODELS["float16_conv"](), save) == [
-        ("/Conv/conv[0]", "'half' is float16, not float32"),
-        ("/Conv/conv[1]", "'kernel' is float16, not float32"),
-    ]
+@pytest.mark.parametrize(
+    ("to", "reason"),
+    [
+        (11, "'half' is double, not float32 or float16"),
+        (16, "'half' is bfloat16, for which onnxruntime has no CPU kernels"),
+    ],
+)
+def test_what_is_of_another_type_stays_and_the_reason_is_given(
+    to: int, reason: str, save: Save
+) -> None:
+    model = MODELS["float16_conv"]()
+    model.graph.node[0].attribute[0].i = model.graph.initializer[0].data_type = to
+    model.graph.initializer[0].raw_data *= {11: 4, 16: 1}[to]
+    (entry, _) = skipped_of(model, save)
+    assert entry == ("/Conv/conv[0]", reason)
 
 
 def test_what_is_quantized_already_stays(save: Save) -> None:
@@ -287,7 +300,7 @@ def test_operators_that_multiply_but_are_not_supported_are_named(save: Save) -> 
     model.opset_import.append(helper.make_opsetid("custom", 1))
     assert skipped_of(model, save) == [
         ("/Einsum/y", "Einsum is not supported"),
-        ("/MatMul/z", "MatMul is not supported"),
+        ("/MatMul/z", "custom.MatMul is not supported"),
         ("/GRU/h", "GRU is not supported"),
     ]
 

@@ -19,7 +19,7 @@ from calib.arrays import Batch
 from calib.counter import Counter
 from calib.errors import DataError, ModelError, ObservationsError, OutputError
 from calib.graph import Model, quantizable_uses
-from calib.observations import Observations, observe
+from calib.observations import Observations, Observing, observe
 
 ANOTHER_FILE = "not a file that --save-observations wrote: "
 
@@ -101,7 +101,7 @@ def test_counts_do_not_depend_on_order_or_on_how_the_samples_are_cut(
     whole = observe(model, [Batch(feed)], ["hidden", "x"])
     shuffled = {name: array[order] for name, array in feed.items()}
     pieces = list(cut(shuffled, ends))
-    observed = observe(model, pieces, ["hidden", "x"], keep)
+    observed = observe(model, pieces, ["hidden", "x"], Observing(keep))
     assert_same(Observations(observed.model_sha256, observed.n_samples, observed.counters), whole)
     assert facts(whole.counters["x"]) == facts(counted(feed["x"]))
     assert facts(whole.counters["hidden"]) == facts(counted(np.maximum(feed["x"], 0)))
@@ -144,7 +144,7 @@ def test_an_activation_that_is_not_finite_is_named(what: str, keep: int) -> None
     feed["x"][7] = 1e30
     name = "none" if what == "NaN" else "large"
     with pytest.raises(ModelError) as caught:
-        observe(model, cut(feed, [3, 6]), [name], keep)
+        observe(model, cut(feed, [3, 6]), [name], Observing(keep))
     assert str(caught.value) == (
         f"activation {name!r} becomes {what} in the batch that starts at sample 6: the float "
         f"model overflows on this data, or the data is not preprocessed for it"
@@ -186,7 +186,7 @@ def test_what_is_saved_is_loaded_without_loss(
 def seen(load: Load, tmp_path: Path) -> Path:
     path = tmp_path / "seen.npz"
     model = load("gemm_activation")
-    observe(model, [Batch(rich())], ["hidden", "x"], keep_batches=1).save(path)
+    observe(model, [Batch(rich())], ["hidden", "x"], Observing(1)).save(path)
     return path
 
 

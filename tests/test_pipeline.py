@@ -20,7 +20,7 @@ import calib
 from calib.arrays import Batch
 from calib.capture import Runtime
 from calib.comparison import evaluate
-from calib.data import open_data
+from calib.data import Reading, open_data
 from calib.errors import DataError, OptionError
 from calib.graph import load_model
 from calib.pipeline import Calibration, calibrate_model
@@ -112,7 +112,7 @@ def test_the_summary_tells_everything_and_the_file_holds_it(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     rules = Rules(selection=Selection(exclude="^flat$"), reduction=Reduction("mean", 2))
-    settings = Run(samples=24, batch_size=8, seed=5, summary=tmp_path / "out.json",
+    settings = Run(samples=24, reading=Reading(8, seed=5), summary=tmp_path / "out.json",
                    runtime=Runtime(threads=1))  # fmt: skip
     result = calibrate_model(model, data, rules, run=settings)
     summary = json.loads((tmp_path / "out.json").read_text("utf-8"), parse_constant=pytest.fail)
@@ -150,7 +150,7 @@ def test_the_model_carries_the_manifest_of_the_summary(model: Path, data: Path) 
 
 
 def test_the_comparison_is_on_samples_that_calibration_did_not_see(model: Path, data: Path) -> None:
-    result = calibrate_model(model, data, run=Run(samples=24, batch_size=7))
+    result = calibrate_model(model, data, run=Run(samples=24, reading=Reading(7)))
     assert (result.held_out, result.table.n_samples) == (True, 24)
     source = open_data(load_model(model), data)
     expected = evaluate(load_model(model), result.output, source.batches(24))
@@ -192,7 +192,7 @@ def test_a_fixed_batch_takes_whole_batches_of_the_samples(save: Save, tmp_path: 
 
 def test_batch_sizes_agree_closely_when_pooled(model: Path, data: Path) -> None:
     results = [
-        calibrate_model(model, data, all_bits(4), run=Run(batch_size=size, force=True))
+        calibrate_model(model, data, all_bits(4), run=Run(reading=Reading(size), force=True))
         for size in (1, 7, 40)
     ]
     for other in results[1:]:
@@ -207,7 +207,7 @@ def test_observations_serve_another_width_and_method_without_a_second_pass(
     first = Rules(selection=Selection(only="Gemm"))
     calibrate_model(model, data, first, run=Run(samples=24, save_observations=seen))
     wanted = calibrate_model(model, data, all_bits(4), run=Run(samples=24))
-    monkeypatch.setattr("calib.pipeline.observe", pytest.fail)
+    monkeypatch.setattr("calib.pipeline.observe_split", pytest.fail)
     again = calibrate_model(model, data, all_bits(4), run=Run(observations=seen, force=True))
     assert again.table.n_samples == 24
     for name, threshold in thresholds(wanted).items():
@@ -300,7 +300,7 @@ def test_progress_is_told_by_stage_in_samples(model: Path, data: Path) -> None:
         told[stage] = (total, [])
         return nullcontext(told[stage][1].append)
 
-    calibrate_model(model, data, run=Run(samples=24, batch_size=10, progress=progress))
+    calibrate_model(model, data, run=Run(samples=24, reading=Reading(10), progress=progress))
     assert told == {"observe": (24, [10, 10, 4]), "evaluate": (16, [10, 6])}
 
 

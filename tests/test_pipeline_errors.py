@@ -13,6 +13,7 @@ from conftest import Save, all_bits
 from models import MODELS, parsed, values
 
 from calib.capture import Runtime
+from calib.data import Reading
 from calib.errors import (
     CalibError,
     CalibratorError,
@@ -115,8 +116,6 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_done(
     ("settings", "message"),
     [
         ({"samples": 0}, "^samples must be at least 1, got 0$"),
-        ({"batch_size": 0}, "^batch-size must be at least 1, got 0$"),
-        ({"seed": -1}, "^seed must not be negative, got -1$"),
         (
             {"observations": Path("a"), "save_observations": Path("b")},
             "^--observations and --save-observations contradict each other: read or save them$",
@@ -131,7 +130,7 @@ def test_a_run_that_makes_no_sense_is_refused(settings: dict[str, int], message:
 def all_outputs(folder: Path) -> Run:
     return Run(
         samples=12, summary=folder / "out.json", save_observations=folder / "seen.npz",
-        batch_size=4,
+        reading=Reading(batch_size=4),
     )  # fmt: skip
 
 

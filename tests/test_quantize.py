@@ -190,12 +190,29 @@ def test_huge_values_saturate_without_a_warning(qtype: QuantType, scale: float) 
     assert integers.tolist() == [qtype.qmax, qtype.qmin]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @grids
-def test_the_largest_float_comes_back_finite_and_without_a_warning(qtype: QuantType) -> None:
-    x = np.array([LARGEST, 0.0], np.float32)
-    scale = scale_from_threshold(np.array([LARGEST]), qtype)
+def test_the_largest_values_come_back_finite_and_without_a_warning(
+    qtype: QuantType, dtype: str
+) -> None:
+    """On the full signed range the negative end reaches a step further, and must not overflow."""
+    largest = float(np.finfo(dtype).max)
+    x = np.array([largest, 0.0, -largest], dtype)
+    scale = scale_from_threshold(np.array([largest]), qtype, dtype)
     back = fake_quantize(x, scale, qtype, PerTensor())
-    assert back.tolist() == pytest.approx([LARGEST, 0.0], rel=1e-6)
+    assert back.dtype == dtype
+    reach = max(qtype.qmax, -qtype.qmin)
+    low, high = qtype.qmin / reach, qtype.qmax / reach
+    assert (back / x.dtype.type(largest)).tolist() == pytest.approx([high, 0, low], rel=2e-3)
+
+
+@pytest.mark.parametrize("qtype", [QuantType(4, signed=True), QuantType(8, signed=False)])
+def test_a_float16_scale_is_one_that_float16_holds(qtype: QuantType) -> None:
+    thresholds = np.array([1e-9, 1e-5, 0.3, 1.0, 127.0, 65504.0])
+    scale = scale_from_threshold(thresholds, qtype, "float16")
+    assert np.array_equal(scale.astype(np.float16).astype(np.float32), scale)
+    assert scale[0] == 2.0**-24
+    assert scale[2:5].tolist() == pytest.approx((thresholds[2:5] / qtype.steps).tolist(), rel=5e-4)
 
 
 @grids

@@ -15,7 +15,7 @@ from calib import Run, Selection, calibrate_model, load_model
 from calib.arrays import Batch
 from calib.calibration import calibrate
 from calib.errors import ObservationsError
-from calib.observations import Observations, observe
+from calib.observations import Observations, Observing, observe
 from calib.targets import Reduction, Rules, make_plan
 from calib.write import write_qdq
 from cli.calibrate import main
@@ -50,7 +50,7 @@ def test_a_mean_is_refused_where_observations_keep_fewer_batches_than_there_were
 ) -> None:
     loaded = load_model(model)
     feeds = [Batch({"image": batch}) for batch in batches(4)]
-    observe(loaded, feeds, make_plan(loaded, Rules()).activations, 1).save(tmp_path / "o.npz")
+    observe(loaded, feeds, make_plan(loaded, Rules()).activations, Observing(1)).save(tmp_path / "o.npz")
     saved = Observations.load(tmp_path / "o.npz", loaded)
     assert (len(saved.batches), saved.n_batches) == (1, 4)
     rules = Rules(reduction=Reduction("mean", 4))

@@ -134,12 +134,12 @@ def test_an_opset_that_cannot_be_raised_is_an_error(
         raise RuntimeError("no adapter\nfor Odd")
 
     table, _ = calibrated(load("conv_bias"), all_bits(4))
-    monkeypatch.setattr("calib.write.version_converter.convert_version", fails)
+    monkeypatch.setattr("calib.storage.version_converter.convert_version", fails)
     with pytest.raises(ModelError) as caught:
         write_qdq(load("conv_bias"), table)
     needs = "opset 17 cannot be raised to 21, which INT4, UINT4 needs: "
     assert str(caught.value) == f"{needs}no adapter for Odd"
-    monkeypatch.setattr("calib.write.version_converter.convert_version", lambda *_, **__: None)
+    monkeypatch.setattr("calib.storage.version_converter.convert_version", lambda *_, **__: None)
     with pytest.raises(ModelError) as caught:
         write_qdq(load("conv_bias"), table)
     assert str(caught.value) == (

@@ -1,0 +1,59 @@
+"""Observe what a plan needs, going on from where an earlier run was cut off."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from calib.errors import ObservationsError
+from calib.graph import Model, quantizable_uses
+from calib.observations import Observations, Observing, observe
+from calib.run import Split
+from calib.targets import Plan, Rules
+
+
+def observe_split(model: Model, split: Split, plan: Plan, rules: Rules) -> Observations:
+    """Counters of what the plan needs; of all there is, where they are saved for other plans too.
+
+    What is saved is saved now and then on the way, and a run that was cut off goes on from there.
+    """
+    run, names, keep = split.run, plan.activations, rules.reduction.kept_batches
+    how = Observing(keep, run.runtime, run.padding_mask)
+    if run.save_observations is None:
+        return observe(model, split.calibration(), names, how)
+    uses, _ = quantizable_uses(model)
+    names = tuple(dict.fromkeys(use.tensor for use in uses if use.kind == "activation"))
+    if split.source.identity is None or model.feedback:
+        return observe(model, split.calibration(), names, how)
+    parts = split.source.identity, split.n_calibration, names, keep, run.padding_mask
+    identity = hashlib.sha256(repr(parts).encode()).hexdigest()
+    path = checkpoint_path(run.save_observations)
+    resumed = _resumed(path, model, identity, split)
+    how = replace(
+        how,
+        resumed=resumed,
+        checkpoint=lambda seen: replace(seen, identity=identity).save(path),
+        checkpoint_seconds=run.checkpoint_seconds,
+    )
+    return observe(model, split.calibration(resumed.n_samples if resumed else 0), names, how)
+
+
+def checkpoint_path(path: Path) -> Path:
+    """Where observations that are to be saved to ``path`` stand until they are complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _resumed(path: Path, model: Model, identity: str, split: Split) -> Observations | None:
+    if not path.exists():
+        return None
+    try:
+        found = Observations.load(path, model)
+    except ObservationsError:
+        found = None
+    if found is None or found.identity != identity:
+        note = f"{path.name} is of another model, other data or settings: observed from the start"
+        split.notes = (*split.notes, note)
+        return None
+    split.notes = (*split.notes, f"observing went on from sample {found.n_samples} ({path.name})")
+    return found

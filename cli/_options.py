@@ -1,0 +1,144 @@
+"""The options of ``octav-calibrate``, grouped as --help shows them.
+
+None of them has a default here: these are `calib.config.Config`'s, and only told in the help.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FILE = click.Path(path_type=Path)
+
+
+def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """``INPUT=OUTPUT``, any number of them."""
+    pairs: dict[str, str] = {}
+    for value in values:
+        name, _equals, output = value.partition("=")
+        if not (name and output):
+            raise click.BadParameter(f"{value!r} is not INPUT=OUTPUT")
+        if name in pairs:
+            raise click.BadParameter(f"{name!r} is given twice")
+        pairs[name] = output
+    return pairs
+
+
+def _option(name: str, text: str, metavar: str = "TEXT", **settings: Any) -> click.Option:
+    return click.Option([name], help=text, metavar=metavar, **settings)
+
+
+def _whole(name: str, text: str) -> click.Option:
+    return _option(name, text, "N", type=int)
+
+
+def _file(name: str, text: str, **settings: Any) -> click.Option:
+    return _option(name, text, "FILE", type=_FILE, **settings)
+
+
+def _flag(name: str, text: str) -> click.Option:
+    return click.Option([f"--{name}/--no-{name}"], default=None, help=text)
+
+
+MODEL = click.Argument(["model"], type=_FILE, required=False)
+GROUPS: dict[str, list[click.Option]] = {
+    "Data": [
+        _option(
+            "--data",
+            "Calibration data: an .npz with arrays named after the model's inputs, first axis = "
+            "samples, and optionally 'labels'; an .npy for a single input; a folder; or "
+            "package.module:function, which gives batches. Without it: made-up inputs.",
+        ),
+        _file("--labels", "CSV file with the class of each image."),
+        _option("--resize", "Images: the shorter side, 256, or height x width, 240x320.", "SIZE"),
+        _option("--crop", "From the centre: 224 or 240x320; or 87.5%, before resizing.", "SIZE"),
+        _option("--color", "rgb, bgr or gray.  [default: what the model's channels say]"),
+        _option(
+            "--pixel-scale",
+            "Pixels of 0 to 255 are multiplied by it.  [default: 1/255; 1 for integer inputs]",
+            "NUMBER",
+        ),
+        _option("--mean", "Then subtracted: one number, or one a channel: 0.5,0.4,0.4", "NUMBERS"),
+        _option("--std", "Then divided by, likewise.", "NUMBERS"),
+        _option("--layout", "nchw or nhwc.  [default: what the model's input shape says]"),
+        _whole("--samples", "Calibrate on the first N, compare on the rest."),
+        _whole("--batch-size", "Samples a feed, where the model leaves that free.  [default: 32]"),
+        _whole("--seed", "Of made-up inputs.  [default: 0]"),
+        _option(
+            "--feed-back",
+            "Feed this output of one feed into this input of the next; repeatable.",
+            "INPUT=OUTPUT",
+            multiple=True,
+            callback=_pairs,
+        ),
+        _option("--padding-mask", "The input that is 0 where padding stands.", "NAME"),
+    ],
+    "Widths and methods": [
+        _whole("--bits", "Weights and activations: 2 to 8 or 16.  [default: 8]"),
+        _whole("--weight-bits", "Weights alone."),
+        _whole("--activation-bits", "Activations alone."),
+        _whole("--edge-bits", "First and last weighted layers.  [default: max(8, bits)]"),
+        _option(
+            "--method",
+            "octav, percentile, mse, max, entropy or a plug-in; with a parameter: "
+            "percentile:99.9.  [default: octav]",
+        ),
+        _option("--weight-method", "Another method for weights."),
+        _option("--percentile", "Of --method percentile.  [default: 99.99]", "P", type=float),
+        _option("--weight-granularity", "per-channel or per-tensor.  [default: per-channel]"),
+        _option(
+            "--reduce",
+            "pool: one threshold from all samples; mean: the mean of one for each first batch.  "
+            "[default: pool]",
+        ),
+        _whole("--mean-batches", "Batches of --reduce mean.  [default: 5]"),
+    ],
+    "Which tensors": [
+        _option("--exclude", "Regular expression: nodes and tensors to keep float.", "REGEX"),
+        _option("--only", "Regular expression: quantize only these nodes and tensors.", "REGEX"),
+        _option("--op-types", "Comma-separated: quantize inputs of these only."),
+    ],
+    "Files": [
+        _file("--output", "[default: <stem>-w4a4.onnx beside the model]"),
+        _file("--summary", "Write all numbers to this JSON file."),
+        _file("--save-observations", "Keep what was observed, for other methods and widths."),
+        _file("--observations", "Read it back instead of observing."),
+        _option(
+            "--external-data",
+            "Weights in a file beside the model: auto (where it grows beyond 2 GB), always or "
+            "never.  [default: auto]",
+        ),
+        _flag("force", "Overwrite files that exist."),
+    ],
+    "onnxruntime": [
+        _option("--provider", "Execution provider.  [default: CPU]"),
+        _whole("--threads", "Threads within an operator.  [default: its choice]"),
+        _file("--custom-ops", "Library of custom operators; repeatable.", multiple=True),
+    ],
+    "The command": [
+        _file("--config", "YAML file with these options, and rules for single tensors."),
+        click.Option(
+            ["--print-config"], is_flag=True, help="Print the settings as YAML, and do nothing."
+        ),
+        _flag("dry-run", "List what would be quantized, and write nothing."),
+        _flag("quiet", "Print warnings and errors only."),
+        _flag("verbose", "Print every tensor, and log messages."),
+    ],
+}
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows the options in their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes them; --version and --help are the last of the last group."""
+        grouped = {title: list(options) for title, options in GROUPS.items()}
+        known = [option for options in grouped.values() for option in options]
+        rest = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and p not in known]
+        grouped["The command"].extend(rest)
+        for title, options in grouped.items():
+            records = [option.get_help_record(ctx) for option in options]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record is not None])

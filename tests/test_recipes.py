@@ -1,0 +1,146 @@
+"""The recipes of samples/fixtures.py on the fixtures, and their images against Pillow by hand."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import Array
+
+from calib import Preprocessing, Reading, Rules, Run, calibrate_model, load_model, open_data
+from calib.pipeline import Calibration
+
+SCRIPT = Path(__file__).resolve().parents[1] / "samples" / "fixtures.py"
+FEEDBACK = {f"{name}_cache": f"{name}_cache_out" for name in ("conv", "tra", "inter")}
+MOBILENET = Preprocessing(crop="87.5%", resize="128", mean=(0.5,), std=(0.5,))
+ULTRAFACE = Preprocessing(resize="240x320", pixel_scale=1, mean=(127.0,), std=(128.0,))
+N_CALIBRATION = 100
+
+
+def by_hand(path: Path) -> Array:
+    """An image as the fixtures' README says that MobileNet takes it, (3, 128, 128)."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    side = round(min(image.size) * 0.875)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    small = square.resize((128, 128), Image.Resampling.BILINEAR)
+    planes = np.asarray(small, np.float32).transpose(2, 0, 1)
+    scaled: Array = planes / np.float32(127.5) - np.float32(1)
+    return scaled
+
+
+def mobilenet(fixtures: Path) -> tuple[Path, Path, Reading]:
+    """Model, images and how to read them."""
+    images = fixtures / "imagenet_sample"
+    reading = Reading(labels=images / "labels.csv", images=MOBILENET)
+    return fixtures / "mobilenet_v1_025_128.onnx", images, reading
+
+
+def calibrated(
+    model: Path, data: Path, run: Run, folder: Path, rules: Rules | None = None
+) -> Calibration:
+    return calibrate_model(model, data, rules, folder / "out.onnx", run)
+
+
+def test_images_of_a_folder_are_those_made_by_hand_with_their_classes(fixtures_dir: Path) -> None:
+    pytest.importorskip("PIL")
+    model, images, reading = mobilenet(fixtures_dir)
+    with (images / "labels.csv").open(newline="", encoding="utf-8") as lines:
+        rows = sorted((row["file"], int(row["label"])) for row in csv.DictReader(lines))
+    data = open_data(load_model(model), images, reading)
+    assert data.n_samples == len(rows) == 500
+    assert data.notes == (
+        "images: centre square of 87.5% of the shorter side, resized to 128x128; rgb; "
+        "(pixel / 255 - 0.5) / 0.5; nchw",
+    )
+    done = 0
+    for batch in data.batches():
+        chosen = rows[done : done + batch.n_samples]
+        wanted = np.stack([by_hand(images / name) for name, _ in chosen])
+        np.testing.assert_allclose(batch.feed["t0"], wanted, atol=1e-6)
+        assert np.asarray(batch.labels).tolist() == [label for _, label in chosen]
+        done += batch.n_samples
+    assert done == 500
+
+
+def test_mobilenet_keeps_its_accuracy_with_8_bits(fixtures_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    model, images, reading = mobilenet(fixtures_dir)
+    result = calibrated(model, images, Run(samples=N_CALIBRATION, reading=reading), tmp_path)
+    assert (result.comparison.n_samples, result.held_out) == (400, True)
+    top1 = result.comparison.top1
+    assert top1 is not None
+    assert top1.float_model == pytest.approx(45.2, abs=0.3)
+    assert abs(top1.quantized_model - top1.float_model) <= 3
+
+
+def test_ultraface_is_fed_images_one_by_one(fixtures_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((fixtures_dir / "imagenet_sample").glob("*.jpg"))[:24]:
+        (images / path.name).symlink_to(path)
+    run = Run(samples=16, reading=Reading(images=ULTRAFACE))
+    result = calibrated(fixtures_dir / "ultraface_rfb_320.onnx", images, run, tmp_path)
+    assert (result.comparison.n_samples, result.held_out) == (8, True)
+    assert result.comparison.output_sqnr_db > 20
+
+
+def test_gtcrn_is_fed_sequences_and_its_own_state(fixtures_dir: Path, tmp_path: Path) -> None:
+    frames = tmp_path / "frames"
+    script(["gtcrn", frames, "--sequences", 3, "--frames", 40])
+    assert sorted(path.name for path in frames.iterdir()) == ["00.npy", "01.npy", "02.npy"]
+    spectra = np.load(frames / "01.npy")
+    assert (spectra.shape, spectra.dtype) == ((40, 257, 1, 2), np.float32)
+    path = fixtures_dir / "gtcrn_stream.onnx"
+    batches = list(open_data(load_model(path, FEEDBACK), frames).batches())
+    assert [batch.feed["mix"].shape for batch in batches] == [(1, 257, 1, 2)] * 120
+    assert [n for n, batch in enumerate(batches) if batch.restart] == [0, 40, 80]
+    run = Run(samples=80, feedback=FEEDBACK)
+    result = calibrated(path, frames, run, tmp_path)
+    assert (result.comparison.n_samples, result.held_out) == (40, True)
+    assert result.comparison.sqnr_db["enh"] > 10
+
+
+def script(arguments: list[object]) -> str:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def commands() -> list[list[str]]:
+    """The octav-calibrate commands of the script's docstring, as arguments."""
+    text = SCRIPT.read_text("utf-8").replace("\\\\\n", " ")
+    found = re.findall(r"^    octav-calibrate (.+)$", text, re.MULTILINE)
+    return [shlex.split(line) for line in found]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_commands_of_the_recipes_run_as_they_stand(
+    number: int, fixtures_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cli.calibrate import main
+
+    pytest.importorskip("PIL")
+    assert len(commands()) == 4
+    if number == 2:
+        script(["gtcrn", tmp_path / "FRAMES", "--sequences", 5, "--frames", 105])
+    arguments = [tmp_path / "FRAMES" if a == "FRAMES" else a for a in commands()[number]]
+    # Everything but the number of samples, which are observed elsewhere.
+    at = arguments.index("--samples") + 1
+    arguments[at] = "10"
+    monkeypatch.chdir(fixtures_dir)
+    before = sorted(os.listdir())  # noqa: PTH208 - names only
+    told = main([*map(str, arguments), "--output", str(tmp_path / "o.onnx"), "--quiet"])
+    assert told == 0
+    assert (tmp_path / "o.onnx").stat().st_size > 0
+    assert sorted(os.listdir()) == before  # noqa: PTH208
