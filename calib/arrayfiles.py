@@ -122,13 +122,14 @@ def open_array_file(path: Path, takes: Takes, *, single: bool = False) -> ArrayF
             f"{path}: no array for input {listed(missing)}; it holds {listed(columns)}: "
             f"arrays must be named after the model's inputs"
         )
+    fed_whole = takes.whole
     rows: dict[str, _Column] = {}
     whole: dict[str, _Column] = {}
     for spec in takes.inputs:
         column = columns.get(spec.name)
         if column is None:
             continue
-        if spec.name in takes.whole or (spec.shape is None and not column.shape):
+        if spec.name in fed_whole or (spec.shape is None and not column.shape):
             check_whole(str(path), column.shape, column.dtype, spec)
             whole[spec.name] = column
             continue

@@ -114,7 +114,7 @@ class Takes:
         """What ``model`` takes, ``batch_size`` samples at a time where it leaves that free."""
         fed_back = frozenset(model.feedback)
         axes = {s.shape[0] for s in _required(model.inputs) if s.shape}
-        fixed = tuple(sorted(length for length in axes if isinstance(length, int)))
+        fixed = tuple(sorted(length for length in axes if isinstance(length, int) and length))
         free = 1 if fed_back or len(fixed) > 1 else batch_size
         return cls(model.inputs, fed_back, fixed[0] if len(fixed) == 1 else free, fixed)
 

@@ -22,6 +22,7 @@ Values = dict[str, NDArray[Any]]
 _SEVERITY_FATAL = 4
 _MOST_THREADS = 1024
 _FIRST_UNKNOWN_OPSET = 40
+_UNKNOWN_OP = "is not a registered function/op"
 _MOST_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
 _FOLDER_OF_EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 _NUMPY_TYPES = {
@@ -173,7 +174,9 @@ def _load(
                 f"the model has opset {opset}, onnxruntime {ort.__version__} loads up to "
                 f"{newest}: export it with that opset, or upgrade onnxruntime"
             ) from error
-        raise ModelError(f"onnxruntime cannot load the model: {_reason(error)}") from error
+        reason = _reason(error)
+        hint = ": give the library that has it with --custom-ops" if _UNKNOWN_OP in reason else ""
+        raise ModelError(f"onnxruntime cannot load the model: {reason}{hint}") from error
 
 
 def _arrays(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:

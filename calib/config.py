@@ -99,7 +99,7 @@ class Config:
         """
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            text = path.read_bytes().decode("utf-8")
         except FileNotFoundError:
             raise OptionError(f"{path}: no such file") from None
         except UnicodeDecodeError as error:
@@ -137,8 +137,8 @@ class Config:
     def over(self, given: Mapping[str, object]) -> Config:
         """These settings with those of the command line, which win, laid over them.
 
-        What only belongs to a setting that is overruled goes with it: the file's ``mean-batches``
-        where the command line says ``--reduce pool``.
+        What belongs to a setting that is overruled goes with it: with ``--reduce pool`` the file's
+        ``mean-batches``, with ``--bits`` its ``weight-bits``. Rules stay.
 
         Args:
             given: values by the names of this class's fields.
@@ -154,11 +154,16 @@ class Config:
             raise _blamed(error, read, origin, "") from None
 
     def _overruled(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """What of these settings does not hold any more beside ``given``."""
         dropped: dict[str, Any] = {}
         if given.get("reduce", self.reduce) != "mean":
             dropped["mean_batches"] = None
-        methods = [given.get(name, getattr(self, name)) for name in ("method", "weight_method")]
-        if "percentile" not in methods:
+        if "bits" in given:
+            dropped.update(weight_bits=None, activation_bits=None)
+        if "method" in given:
+            dropped["weight_method"] = None
+        now = {"method": self.method, "weight_method": self.weight_method, **dropped, **given}
+        if "percentile" not in (now["method"], now["weight_method"]):
             dropped["percentile"] = None
         for name, other in (("quiet", "verbose"), ("verbose", "quiet")):
             if given.get(name):

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -261,7 +262,8 @@ def _imported(source: str) -> Callable[[], Any]:
     except (Exception, SystemExit) as error:  # whatever the module raises
         raise DataError(f"{source}: cannot be imported: {reason(error)}") from error
     finally:
-        sys.path.remove(here)
+        with suppress(ValueError):  # the module may have removed it
+            sys.path.remove(here)
     if not callable(found):
         raise DataError(f"{source}: must be a function, is of type {type(found).__name__}")
     return found

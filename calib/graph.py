@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,7 +146,7 @@ def load_model(path: str | Path, feedback: Mapping[str, str] | None = None) -> M
     except OSError as error:
         where = error.filename or path
         raise ModelError(f"{where}: cannot be read: {error.strerror or one_line(error)}") from error
-    except MemoryError:
+    except (MemoryError, ModelError):
         raise
     except Exception as error:  # protobuf, checker and passes each raise types of their own
         raise ModelError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
@@ -294,9 +295,18 @@ def _value_spec(value: ir.Value) -> ValueSpec:
 
 
 def _external_files(model: ir.Model, path: Path) -> list[Path]:
+    """Raises `ModelError` if a tensor reaches beyond its file."""
     tensors = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
-    locations = {t.location for t in tensors if isinstance(t, ir.ExternalTensor)}
-    return [path.parent / location for location in sorted(map(str, locations))]
+    external = [t for t in tensors if isinstance(t, ir.ExternalTensor)]
+    for tensor in external:
+        start, length = tensor.offset or 0, tensor.length
+        end = start + tensor.nbytes
+        if start < 0 or length not in (None, tensor.nbytes) or end > os.stat(tensor.path).st_size:
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r} takes {tensor.nbytes} bytes, which do not stand "
+                f"at offset {start} of {tensor.path}: is the file whole, and of this model?"
+            )
+    return [path.parent / location for location in sorted({str(t.location) for t in external})]
 
 
 def _digest(files: tuple[Path, ...]) -> tuple[str, int]:

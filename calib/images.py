@@ -215,7 +215,7 @@ def read_pixels(path: Path, geometry: Geometry, color: str) -> NDArray[np.uint8]
         with Image.open(path) as opened:
             image = _eight_bit(ImageOps.exif_transpose(opened))
         # Pillow warns of transparency that is lost from a palette, but not from RGBA.
-        image = image.convert("RGBA") if color == "rgba" or image.mode in "PA" else image
+        image = image.convert("RGBA") if color == "rgba" or image.mode in ("P", "PA") else image
         image = geometry.apply(image if color == "rgba" else image.convert("RGB"))
         pixels = np.asarray(image.convert("L") if color == "gray" else image, np.uint8)
     except MemoryError:

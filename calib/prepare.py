@@ -90,8 +90,10 @@ def kept_interface(model: ir.Model) -> Iterator[None]:
 
 
 def all_names(model: ir.Model) -> set[str]:
-    """Names of all values, also in subgraphs."""
-    names = {str(v.name) for node in model.graph.all_nodes() for v in node.outputs}
+    """Names of all values and nodes, also in subgraphs."""
+    nodes = list(model.graph.all_nodes())
+    names = {str(v.name) for node in nodes for v in node.outputs}
+    names.update(str(node.name) for node in nodes)
     for graph in model.graphs():
         names.update(graph.initializers, (str(v.name) for v in graph.inputs))
     return names

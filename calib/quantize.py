@@ -30,13 +30,17 @@ def scale_from_threshold(
     place where a scale is made.
 
     Kept within the numbers of ``dtype``, and so that every integer times the scale is finite.
+    Rounded to nearest in float32, up in float16.
     """
     most = max(qtype.qmax, -qtype.qmin)
     smallest, largest = _SMALLEST_SCALE[dtype], _LARGEST[dtype] / most
-    # Rounding up to float16 must not lift the product above its largest number.
-    largest = largest * (1 - 2.0**-11) if dtype == "float16" else largest * (1 - 2.0**-24)
-    scale = np.clip(threshold / qtype.steps, smallest, largest).astype(dtype)
-    return scale.astype(np.float32)
+    scale = np.clip(threshold / qtype.steps, smallest, largest)
+    rounded = scale.astype(dtype)
+    if dtype == "float16":  # where it is subnormal, rounding down would clip much
+        up = np.nextafter(rounded, np.finfo(np.float16).max)
+        rounded = np.where(rounded < scale, up, rounded)
+    down = np.nextafter(rounded, rounded.dtype.type(0))
+    return np.where(rounded * np.float64(most) > _LARGEST[dtype], down, rounded).astype(np.float32)
 
 
 def quantize(

@@ -116,7 +116,7 @@ def _names(value: object, where: str, origin: Origin) -> tuple[str, ...]:
 
 
 def _path(value: object, where: str, origin: Origin) -> Path:
-    if not value or not isinstance(value, str | Path):
+    if not value or not isinstance(value, str | Path) or "\0" in str(value):
         raise OptionError(expected(where, "a path", value))
     return origin.folder / value
 

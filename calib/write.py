@@ -174,7 +174,9 @@ class _Writer:
         output = node.outputs[0]
         name = output.name
         total = ir.Value(name=self._new(f"{name}_with_bias"), type=output.type, shape=output.shape)
-        add = ir.Node("", "Add", [output, bias], outputs=[total], name=f"{node.name}_bias")
+        add = ir.Node(
+            "", "Add", [output, bias], outputs=[total], name=self._new(f"{node.name}_bias")
+        )
         output.replace_all_uses_with(total, replace_graph_outputs=True)
         add.replace_input_with(0, output)
         self._graph.insert_after(node, add)
@@ -260,7 +262,7 @@ class _Writer:
         result = ir.Value(name=self._new(output))
         if like is not None:
             result.type, result.shape = like.type, like.shape
-        name = f"{result.name}_{op_type}"
+        name = self._new(f"{result.name}_{op_type}")
         node = ir.Node("", op_type, inputs, attributes or [], outputs=[result], name=name)
         producer = inputs[0].producer()
         if producer is None:

@@ -13,12 +13,22 @@ import click
 
 from calib.errors import CalibError, one_line
 
+from ._supervise import Terminated, supervised
+
 BAD_INPUT = 2
 _INTERRUPTED = 130
+_TERMINATED = 143
 
 
 def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
-    """Runs ``command`` and returns its exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Runs ``command`` and returns its exit code: 0 done, 2 bad input, 130 interrupted, 143
+    terminated. With the arguments of the process itself, in a worker process."""
+    if arguments is None:
+        return supervised(lambda: _run(command, name, None), name)
+    return _run(command, name, arguments)
+
+
+def _run(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal cannot show
             stream.reconfigure(errors="replace")
@@ -40,6 +50,9 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> i
     except (click.Abort, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except Terminated:
+        print(f"{name}: terminated", file=sys.stderr)
+        return _TERMINATED
     return code if isinstance(code, int) else 0
 
 

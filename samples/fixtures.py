@@ -8,7 +8,7 @@
         --resize 240x320 --pixel-scale 1 --mean 127 --std 128
 
     python samples/fixtures.py gtcrn FRAMES
-    octav-calibrate gtcrn_stream.onnx --data FRAMES --samples 500 \\
+    octav-calibrate gtcrn_stream.onnx --data FRAMES --samples 1000 --bits 16 \\
         --feed-back conv_cache=conv_cache_out --feed-back tra_cache=tra_cache_out \\
         --feed-back inter_cache=inter_cache_out
 
@@ -16,9 +16,10 @@
     octav-calibrate resnet20_cifar10.onnx --data OUT.npz --samples 320
 
 `resnet20` writes the model's `input` (float32, calibration images first) and `labels` (int64). It
-looks for the fixtures in --fixtures, else in the folder that the environment variable OCTAV_FIXTURES
-names, else in ../shared/fixtures beside the repository. `gtcrn` writes an .npy for each of 16
-sequences of 125 frames (2 s): `mix` as (frames, 257, 1, 2), spectra of made-up voices in noise.
+looks for the fixtures in --fixtures, else in the folder that the environment variable
+OCTAV_FIXTURES names, else in ../shared/fixtures beside the repository. `gtcrn` writes an .npy for
+each of 16 sequences of 125 frames (2 s): `mix` as (frames, 257, 1, 2), spectra of made-up voices in
+noise. With 8 bits little is left of its output, whichever the method: 5 dB, with 16 bits 46 dB.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def _with_noise(path: Path, feeds: Sequence[Feed], draw: int) -> Path:
     layers = [node for node in graph.node if node.op_type in LAYER_OPS]
     names = list(dict.fromkeys(name for node in layers for name in node.input[:2]))
     del graph.output[:]
-    graph.output.extend(helper.make_tensor_value_info(n, 1, None) for n in names)
+    graph.output.extend(map(helper.make_empty_tensor_value_info, names))
     onnx.save(model, probe := path.with_name("probe.onnx"))
     rng = np.random.default_rng(draw)
     seen = [execute(probe, feed, optimized=False) for feed in feeds]

@@ -311,7 +311,7 @@ def test_saved_observations_give_the_same_as_a_second_pass(
 ) -> None:
     direct = two(*other, "--samples", 20)
     two("--save-observations", "seen.npz", "--samples", 20, "--exclude", "^second$")
-    monkeypatch.delattr("calib.pipeline.observe")
+    monkeypatch.delattr("calib.pipeline.observe_split")
     again = two(*other, "--observations", "seen.npz")
     assert again["tensors"] == direct["tensors"]
     assert again["n_samples"] == direct["n_samples"] == 20
@@ -323,7 +323,7 @@ def test_saved_observations_keep_the_batches_that_reduce_mean_needs(
 ) -> None:
     mean = ("--reduce", "mean", "--batch-size", 10)
     direct = two(*mean, "--save-observations", "seen.npz")
-    monkeypatch.delattr("calib.pipeline.observe")
+    monkeypatch.delattr("calib.pipeline.observe_split")
     assert two(*mean, "--observations", "seen.npz")["tensors"] == direct["tensors"]
 
 

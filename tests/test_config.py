@@ -273,10 +273,10 @@ def test_what_is_read_is_known_before_it_is_read() -> None:
 
 def test_what_is_laid_over_wins_and_the_rest_stays() -> None:
     config = Config.parse(ALL)
-    over = config.over({"bits": 3, "method": "percentile", "output": Path("b.onnx"), "seed": 0})
+    given = {"edge_bits": 3, "weight_method": "max", "output": Path("b.onnx"), "seed": 0}
+    over = config.over(given)
     for f in fields(Config):
-        changed = {"bits": 3, "output": Path("b.onnx"), "seed": 0}
-        assert getattr(over, f.name) == changed.get(f.name, getattr(config, f.name)), f.name
+        assert getattr(over, f.name) == given.get(f.name, getattr(config, f.name)), f.name
     assert config.over({}) == config
 
 
@@ -286,12 +286,26 @@ def test_a_switch_can_be_laid_over_both_ways() -> None:
     assert Config().over({"force": True}).force
 
 
-def test_what_only_belongs_to_an_overruled_setting_goes_with_it() -> None:
+def test_bits_and_method_laid_over_are_those_of_weights_and_activations_alike() -> None:
+    config = Config.parse("weight-bits: 4\nactivation-bits: 6\nedge-bits: 7\nweight-method: mse")
+    assert config.over({"bits": 3}) == Config(bits=3, edge_bits=7, weight_method="mse")
+    some = config.over({"bits": 3, "weight_bits": 2, "method": "max"})
+    assert some == Config(bits=3, weight_bits=2, edge_bits=7, method="max")
+    both = config.over({"method": "max", "weight_method": "octav"})
+    assert (both.method, both.weight_method, both.weight_bits) == ("max", "octav", 4)
+    rules = Config.parse("rules: [{match: a, bits: 4, method: max}]")
+    assert rules.over({"bits": 3, "method": "mse"}).rules == rules.rules
+
+
+def test_what_belongs_to_an_overruled_setting_goes_with_it() -> None:
     mean = Config.parse("reduce: mean\nmean-batches: 9")
     assert mean.over({"reduce": "pool"}) == Config()
     assert mean.over({"bits": 8}) == mean
     percentile = Config.parse("method: percentile\npercentile: 99.9")
     assert percentile.over({"method": "max"}) == Config(method="max")
+    weights = Config.parse("weight-method: percentile\npercentile: 99.9")
+    assert weights.over({"method": "max"}) == Config(method="max")
+    assert weights.over({"bits": 8}) == weights
     assert percentile.over({"weight_method": "max"}).percentile == 99.9
     assert Config(quiet=True).over({"verbose": True}) == Config(verbose=True)
     assert Config(verbose=True).over({"quiet": True}) == Config(quiet=True)

@@ -133,6 +133,7 @@ def test_text_that_is_no_settings_is_refused_with_its_place(text: str, message: 
         ("pixel-scale: a/b", "pixel-scale must be a number or a fraction, as 1/255, got 'a/b'"),
         ("pixel-scale: 1/0", "pixel-scale must be a number or a fraction, as 1/255, got '1/0'"),
         ("pixel-scale: .inf", "pixel-scale must be a number or a fraction, as 1/255, got '.inf'"),
+        ("pixel-scale: inf", "pixel-scale must be a number or a fraction, as 1/255, got 'inf'"),
         ("pixel-scale: 2/1e-999", "pixel-scale must be a number or a fraction"),
         ("pixel-scale: [1]", "pixel-scale must be a number, got a list"),
         ("mean: red", "mean must be a number or a fraction, as 1/255, got 'red'"),
@@ -146,6 +147,7 @@ def test_text_that_is_no_settings_is_refused_with_its_place(text: str, message: 
         ("op-types: [1]", "op-types[0] must be text in quotes, got 1"),
         ("model: 4", "model must be a path, got 4"),
         ("model: ''", "model must be a path, got ''"),
+        ('output: "a\\0b"', "output must be a path, got 'a\\x00b'"),
         ("data: [a, b]", "data must be a path, got a list"),
         ("custom-ops: [a.so, 4]", "custom-ops[1] must be a path, got 4"),
         ("feed-back: [a]", "feed-back must be a mapping, as '{input: output}', got a list"),
@@ -197,7 +199,11 @@ def test_a_value_that_the_settings_refuse_is_refused_with_its_path(text: str, me
 
 @pytest.mark.parametrize(
     ("text", "path"),
-    [("method: octave", "method"), ("rules: [{match: a, method: octave}]", "rules[0].method")],
+    [
+        ("method: octave", "method"),
+        ("method: percentile\npercentile: 99\nweight-method: octave", "weight-method"),
+        ("rules: [{match: a, method: octave}]", "rules[0].method"),
+    ],
 )
 def test_an_unknown_method_is_refused_with_its_path(text: str, path: str) -> None:
     message = refused(text, CalibratorError)

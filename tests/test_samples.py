@@ -192,27 +192,35 @@ def test_the_resnet20_data_is_preprocessed_as_the_network_was_trained(tmp_path: 
     assert np.mean(predicted == labels[3:]) > 0.8
 
 
-@needs_fixtures
-def test_the_mobilenet_data_is_cropped_resized_and_scaled(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
-    out = tmp_path / "mobilenet.npz"
-    arguments = ("--calib", 2, "--val", 60, "--fixtures", FIXTURES)
-    done = run_script(SAMPLES / "fixtures.py", "mobilenet", out, *arguments)
-    assert done.returncode == 0, done.stderr
+def test_the_gtcrn_data_is_sequences_of_spectra_and_always_the_same(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        arguments = (tmp_path / name, "--sequences", 2, "--frames", 30)
+        done = run_script(SAMPLES / "fixtures.py", "gtcrn", *arguments)
+        assert done.returncode == 0, done.stderr
+    first, second = ({p.name: np.load(p) for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert sorted(first) == sorted(second) == ["00.npy", "01.npy"]
+    for name, spectra in first.items():
+        np.testing.assert_array_equal(spectra, second[name])
+        assert (spectra.shape, spectra.dtype) == ((30, 257, 1, 2), np.float32)
+        assert np.isfinite(spectra).all()
+        # A spectrum of real samples is real at both ends.
+        assert (spectra[:, [0, -1], :, 1] == 0).all()
+        # Voices lie below 4 kHz.
+        energy = np.square(spectra).sum(axis=(0, 2, 3))
+        assert energy[:128].sum() > 4 * energy[128:].sum()
+    assert not np.array_equal(first["00.npy"], first["01.npy"])
 
-    arrays = load_arrays(out)
-    assert set(arrays) == {"t0", "labels"}
-    images, labels = arrays["t0"], arrays["labels"]
-    assert images.shape == (62, 3, 128, 128)
-    assert images.dtype == np.dtype(np.float32)
-    # One image per even class, sorted by name as by class: evaluation starts at the hundredth.
-    np.testing.assert_array_equal(labels, [0, 2, *range(200, 320, 2)])
-    assert labels.dtype == np.dtype(np.int64)
-    assert -1 <= float(np.min(images)) < -0.9
-    assert 0.9 < float(np.max(images)) <= 1
 
-    predicted = predict(FIXTURES / "mobilenet_v1_025_128.onnx", images[2:])
-    assert np.mean(predicted == labels[2:]) > 0.3
+def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        done = run_script(SAMPLES / "fixtures.py", "gtcrn", out)
+        assert done.returncode == 2
+        assert done.stderr.splitlines() == [f"fixtures.py: {out} must be a new or an empty folder"]
+    done = run_script(SAMPLES / "fixtures.py", "gtcrn", tmp_path / "new", "--frames", 0)
+    assert done.returncode == 2
+    assert done.stderr == "fixtures.py: --sequences and --frames must be at least 1\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_missing_fixtures_folder_is_one_line_that_names_it(tmp_path: Path) -> None:
