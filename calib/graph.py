@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -301,7 +300,11 @@ def _external_files(model: ir.Model, path: Path) -> list[Path]:
     for tensor in external:
         start, length = tensor.offset or 0, tensor.length
         end = start + tensor.nbytes
-        if start < 0 or length not in (None, tensor.nbytes) or end > os.stat(tensor.path).st_size:
+        if (
+            start < 0
+            or length not in (None, tensor.nbytes)
+            or end > Path(tensor.path).stat().st_size
+        ):
             raise ModelError(
                 f"{path}: tensor {tensor.name!r} takes {tensor.nbytes} bytes, which do not stand "
                 f"at offset {start} of {tensor.path}: is the file whole, and of this model?"

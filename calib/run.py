@@ -73,7 +73,7 @@ class Run:
             raise OptionError(f"samples must be at least 1, got {self.samples}")
         if self.observations is not None and self.save_observations is not None:
             raise OptionError(
-                "--observations and --save-observations contradict each other: read or save them"
+                "observations and save-observations contradict each other: read or save them"
             )
 
 

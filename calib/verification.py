@@ -29,6 +29,9 @@ _UNPAIRED_DB = 60.0
 # onnxruntime's float16 differs from the reference by up to 5e-3 (method.md, section 4): 46 dB.
 _FLOAT16_DB = 40.0
 _LEVEL_MARGIN_DB = 10.0
+# In a deep model one level that flips at the first layer becomes another sample of the same noise at
+# the last (48 layers: 25 dB apart, each 22 dB from float): as good, though not alike.
+_LEVEL_LOSS_DB = 1.0
 _MOST_WEIGHT_VALUES = 1 << 24  # dequantized weights held at a time
 
 
@@ -86,7 +89,8 @@ def verify(
     - stores exactly the integers that `calib.quantize` makes of the weights;
     - runs in onnxruntime with graph optimisation off and at the default level, its outputs free
       of NaN and every QDQ pair equal to `calib.quantize`, bit for bit, on ``batch``;
-    - gives outputs at the two levels that differ by 10 dB less than quantization itself does.
+    - gives outputs at the two levels that differ by 10 dB less than quantization itself does, or at
+      the default level outputs that are no more than 1 dB further from the original's.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -207,8 +211,11 @@ def _check_levels(
             continue
         for level in (values, optimized[name]):
             check_nan(name, expected[name], level)
-        needed = min(_sqnr_db(expected, plain, name) + _LEVEL_MARGIN_DB, same)
+        quantization = _sqnr_db(expected, plain, name)
+        needed = min(quantization + _LEVEL_MARGIN_DB, same)
         if (found := _sqnr_db(plain, optimized, name)) < needed:
+            if _sqnr_db(expected, optimized, name) >= quantization - _LEVEL_LOSS_DB:
+                continue
             raise VerificationError(
                 f"onnxruntime's default level changes output {name!r}: SQNR {found:.1f} dB "
                 f"against optimisation off, at least {needed:.1f} needed; {hint}"

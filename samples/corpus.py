@@ -159,7 +159,7 @@ def report(outcomes: Sequence[Outcome]) -> None:
     nothing = sum(NOTHING in o.message for o in refused)
     print(f"\nrefused: {len(refused)}, of these with {NOTHING}: {nothing}")
     # Names of nodes and tensors are left out, so that like refusals are counted together.
-    messages = Counter(re.sub(r"'[^']*'|: [\w/]+\[\d\]:", "'...'", o.message) for o in refused)
+    messages = Counter(re.sub(r"'[^']*'|(?<=: )\w+: (?=inside)", "'...'", o.message) for o in refused)
     for message, count in messages.most_common():
         print(f"{count:5}  {message}")
     for title in ("excepted", "crashed"):

@@ -101,8 +101,8 @@ def _light_cases() -> Iterator[Case]:
 def _with_weights(path: Path) -> onnx.ModelProto:
     """The model with random weights: its own are equal, or made by ConstantOfShape.
 
-    The input of a Softmax becomes an output too: with random weights a Softmax may saturate, and
-    would then hide any error.
+    The input of the last Softmax becomes an output too: with random weights a Softmax may
+    saturate, and would then hide any error.
     """
     model = onnx.load(path)
     graph = model.graph
@@ -122,12 +122,15 @@ def _with_weights(path: Path) -> onnx.ModelProto:
         graph.input.append(_float_info(name, shapes[name]))
     for node in made:
         graph.node.remove(node)
-    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
-    graph.output.extend(_float_info(node.input[0], None) for node in softmaxes)
+    outputs = {info.name: info.type.tensor_type.shape.dim for info in graph.output}
+    for node in graph.node:
+        if node.op_type == "Softmax" and node.output[0] in outputs:
+            shape = tuple(d.dim_value for d in outputs[node.output[0]])
+            graph.output.append(_float_info(node.input[0], shape))
     return model
 
 
-def _float_info(name: str, shape: tuple[int, ...] | None) -> onnx.ValueInfoProto:
+def _float_info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 
 

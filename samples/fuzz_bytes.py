@@ -212,7 +212,8 @@ def _untidy(room: Room, before: dict[str, bytes], status: str) -> str:
         return "an input was changed"
     if status == "right" and "out.onnx" not in after:
         return "nothing was written"
-    return f"left in the temporary folder: {left}" if (left := os.listdir(room.scratch)) else ""
+    left = [path.name for path in room.scratch.iterdir()]
+    return f"left in the temporary folder: {left}" if left else ""
 
 
 # --- many seeds ---------------------------------------------------------------------------------
@@ -312,6 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if time.monotonic() - start > chosen.seconds:
             break
         verdicts.append(verdict(seed, chosen.save))
+        if verdicts[-1].status == "failed":
+            print(f"--one {seed}: {verdicts[-1].message}", file=sys.stderr, flush=True)
     if chosen.json:
         print(json.dumps([asdict(v) for v in verdicts]))
     else:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 from corpus import execute
 from corpus_cases import Feed
 from fuzz_builder import BATCH, OPSETS, VOCABULARY, Array, Graph, Value
@@ -211,7 +212,7 @@ def sqnr_db(reference: Array, other: Array) -> float:
 
 def _with_noise(path: Path, feeds: Sequence[Feed], draw: int) -> Path:
     """The model with uniform noise of a 16-bit step added to both inputs of its layers."""
-    model = onnx.load(path)
+    model = onnx.inliner.inline_local_functions(onnx.load(path))
     graph = model.graph
     layers = [node for node in graph.node if node.op_type in LAYER_OPS]
     names = list(dict.fromkeys(name for node in layers for name in node.input[:2]))

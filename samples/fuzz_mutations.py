@@ -59,7 +59,8 @@ def integer(rng: Rng) -> int:
 
 
 def clipped(number: int, bits: int = 64) -> int:
-    return max(-(2 ** (bits - 1)), min(number, 2 ** (bits - 1) - 1))
+    most = 1 << (bits - 1)
+    return max(-most, min(number, most - 1))
 
 
 # --- nodes --------------------------------------------------------------------------------------

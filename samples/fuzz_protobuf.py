@@ -85,16 +85,14 @@ def damaged(rng: Rng, data: bytes) -> bytes:
         return b"\x08"
     first, last = sorted(int(n) for n in rng.integers(len(data) + 1, size=2))
     few = data[first : first + int(rng.integers(1, 17))]
-    kind = int(rng.integers(8))
-    if kind < 3:
-        return flipped(rng, data)
-    if kind == 3:
-        return data[:first] + data[first + len(few) :]
-    if kind == 4:
-        return data[:first] + rng.bytes(int(rng.integers(1, 17))) + data[first:]
-    if kind == 5:
-        return data[:first] + few + data[first:last] + data[last:]
-    if kind == 6:
-        value = bytes([int(rng.integers(256))]) * len(few)
-        return data[:first] + value + data[first + len(few) :]
-    return data[: max(first, 1)]
+    fresh = rng.bytes(int(rng.integers(1, 17)))
+    same = bytes([int(rng.integers(256))]) * len(few)
+    changed = (
+        flipped(rng, data),
+        data[:first] + data[first + len(few) :],
+        data[:first] + fresh + data[first:],
+        data[:first] + few + data[first:last] + data[last:],
+        data[:first] + same + data[first + len(few) :],
+        data[: max(first, 1)],
+    )
+    return changed[max(int(rng.integers(8)) - 2, 0)]

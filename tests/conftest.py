@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import MODELS, Array, Feed, feed_for
+from models import MODELS, Feed, feed_for
 
 from calib.arrays import Batch
 from calib.calibration import calibrate
 from calib.capture import version
-from calib.data import Reading, open_data
-from calib.errors import DataError
-from calib.graph import Model, ValueSpec, load_model
+from calib.graph import Model, load_model
 from calib.observations import Observing, observe
 from calib.table import CalibrationTable
 from calib.targets import Rules, Widths, make_plan
@@ -74,34 +70,6 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
         return loaded[name]
 
     return read
-
-
-def model_taking(*inputs: tuple[str, str, tuple[Any, ...]]) -> Model:
-    """A stand-in with nothing but inputs (name, dtype, shape), for what only looks at those."""
-
-    class StandIn:
-        path = Path("model.onnx")
-
-    StandIn.inputs = tuple(  # type: ignore[attr-defined]
-        ValueSpec(name, np.dtype(dtype), shape) for name, dtype, shape in inputs
-    )
-    return StandIn()  # type: ignore[return-value]
-
-
-def joined(batches: Iterator[Batch], name: str) -> Array:
-    """One array of all batches."""
-    return np.concatenate([batch.feed[name] for batch in batches])
-
-
-def data_refusal(model: Model, source: object, **settings: int) -> str:
-    """The one line that says why ``source`` is no data for ``model``."""
-    with pytest.raises(DataError) as caught:
-        reading = Reading(**settings)  # type: ignore[arg-type]
-        for _ in open_data(model, source, reading).batches():
-            pass
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def all_bits(bits: int, activations: int | None = None) -> Rules:

@@ -123,7 +123,7 @@ OPTIONS: dict[str, Case] = {
     "quiet and verbose": (["--quiet", "--verbose"], ["--quiet and verbose contradict"]),
     "observations both read and saved": (
         ["--observations", "a.npz", "--save-observations", "b.npz"],
-        ["--observations", "--save-observations", "contradict"],
+        ["observations", "save-observations", "contradict"],
     ),
 }
 

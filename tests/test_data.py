@@ -10,6 +10,7 @@ import pytest
 from data_models import ONE, TWO, joined, model_taking, read, refusal
 from models import Array, values
 
+from calib.arrays import Batch
 from calib.data import Batches, Reading, open_data
 from calib.errors import DataError, OptionError
 from calib.graph import Model
@@ -232,10 +233,21 @@ def test_an_item_with_an_input_that_is_fed_back_starts_a_sequence() -> None:
     for _ in range(2):
         found = [(b.restart, "s" in b.feed) for b in data.batches()]
         assert found == [(True, False), (False, False), (True, True), *[(False, False)] * 3]
+    assert [b.restart for b in read(model, [values(3, 6)])] == [True, False, False]
     (first, *later) = read(model, [{"x": values(3, 6), "s": state}])
     assert (first.restart, "s" in first.feed) == (True, True)
     assert [(b.restart, list(b.feed)) for b in later] == [(False, ["x"])] * 2
     assert refusal(model, [{"x": x, "s": x}]) == "batch 0: 's' is 1x6, the model takes 2x4"
+
+
+def test_only_the_first_part_of_a_batch_starts_its_sequence() -> None:
+    batch = Batch({"x": values(4, 6), "s": values(2, 4)}, np.arange(4), True, frozenset("s"))
+    parts = [batch.part(0, 2), batch.part(2, 4)]
+    assert [part.restart for part in parts] == [True, False]
+    assert [part.feed["s"].shape for part in parts] == [(2, 4)] * 2
+    assert [np.asarray(part.labels).tolist() for part in parts] == [[0, 1], [2, 3]]
+    assert parts[0].stacks_with(parts[1])
+    assert not parts[0].stacks_with(Batch(parts[1].feed, None, False, batch.whole))
 
 
 def test_an_iterable_has_no_identity() -> None:

@@ -197,6 +197,7 @@ def test_tables_that_do_not_tell_the_classes_are_refused(tmp_path: Path) -> None
     for text, message in cases:
         assert text_refusal(tmp_path, text) == f"{labels}: {message}"
     assert text_refusal(tmp_path, b"1.png,\xff\n").startswith(f"{labels}: cannot be read: ")
+    assert text_refusal(tmp_path, '"1.png,0\n').startswith(f"{labels}: cannot be read: ")
     missing = tmp_path / "no.csv"
     assert refusal(MODEL, tmp_path, Reading(labels=missing)) == f"{missing}: no such file"
 

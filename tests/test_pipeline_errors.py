@@ -101,7 +101,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_done(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, build, message = OUTPUTS[name]
-    monkeypatch.setattr("calib.pipeline.observe", pytest.fail)
+    monkeypatch.setattr("calib.pipeline.observe_split", pytest.fail)
     refused(
         folder,
         OutputError,
@@ -118,7 +118,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_done(
         ({"samples": 0}, "^samples must be at least 1, got 0$"),
         (
             {"observations": Path("a"), "save_observations": Path("b")},
-            "^--observations and --save-observations contradict each other: read or save them$",
+            "^observations and save-observations contradict each other: read or save them$",
         ),
     ],
 )

@@ -30,6 +30,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "samples/digits", tmp_path / "samples/digits")
     shutil.copy(ROOT / "samples/digits/digits.onnx", tmp_path / "model.onnx")
     shutil.copy(ROOT / "samples/digits/digits.npz", tmp_path / "calib.npz")
+    (settings,) = blocks("yaml")
+    (tmp_path / "octav.yaml").write_text(settings, "utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,0 +1,138 @@
+"""Runs the installed script many times without its imports: as forks of a process that has them.
+
+`Warm` is the side of the tests; run as a script, this file is the process that forks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 60.0
+
+
+class Warm:
+    """Starts the script, one run at a time, each the leader of a process group of its own."""
+
+    def __init__(self, script: str, room: Path):
+        self._script, self._room = script, room
+        command = [sys.executable, "-W", "ignore", __file__]
+        self._server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert self._told() == "ready"
+        self.pid = 0
+
+    def start(self, *arguments: object) -> None:
+        """In the room."""
+        assert self._server.stdin is not None
+        argv = [self._script, *map(str, arguments)]
+        self._server.stdin.write(json.dumps([argv, str(self._room)]) + "\n")
+        self.pid = int(self._told())
+
+    def wait(self) -> tuple[int, str]:
+        """The exit code, negative for a signal, and what stands on stderr."""
+        code = int(self._told())
+        return code, self.stderr.read_text("utf-8")
+
+    @property
+    def stderr(self) -> Path:
+        """Not in the room, where a test may look at all there is."""
+        return self._room.parent / f"{self._room.name}.stderr"
+
+    def run(self, *arguments: object) -> tuple[int, str]:
+        self.start(*arguments)
+        return self.wait()
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait(PATIENCE_S)
+        self._server.stdout.close()
+
+    def _told(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().strip()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` has started."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid="],  # noqa: S607 - wherever it is
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pairs = (tuple(map(int, line.split())) for line in listed.stdout.splitlines())
+    return [child for child, parent in pairs if parent == pid]
+
+
+def send(target: Callable[[int, int], None], pid: int, number: signal.Signals) -> None:
+    """``os.kill`` or ``os.killpg``; the run may be done already."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        target(pid, number)
+
+
+def wait_until(holds: Callable[[], Any]) -> None:
+    """Until ``holds`` does, or for a minute."""
+    end = time.monotonic() + PATIENCE_S
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+# --- the process that forks ---------------------------------------------------------------------
+
+
+def serve() -> None:
+    for name in ("rich.progress", "calib.config", "calib.pipeline", "octav_calibrate_cli._show"):
+        importlib.import_module(name)  # what the command imports late
+    _tell("ready")
+    for line in sys.stdin:
+        argv, room = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become(argv, Path(room))
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
+        _tell(pid)
+        _, status = os.waitpid(pid, 0)
+        _tell(os.waitstatus_to_exitcode(status))
+
+
+def _tell(what: object) -> None:
+    sys.stdout.write(f"{what}\n")
+    sys.stdout.flush()
+
+
+def _become(argv: list[str], room: Path) -> None:
+    code: object = 1
+    try:
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        os.chdir(room)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        stderr = os.open(f"{room}.stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number, opened in enumerate((nothing, nothing, stderr)):
+            os.dup2(opened, number)
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    serve()
