@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -30,10 +29,9 @@ from calib.folders import array_folder, files_below, reason
 from calib.graph import Model
 from calib.imagefolder import image_folder
 from calib.images import IMAGE_SUFFIXES, Preprocessing
+from calib.readers import is_function
 from calib.synthetic import synthetic
 from calib.testsets import set_folder, sets_below
-
-_FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<name>\w+(\.\w+)*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +200,11 @@ def open_data(model: Model, source: object, reading: Reading | None = None) -> D
 def _open_path(path: Path, takes: Takes, reading: Reading) -> Data:
     if path.is_dir():
         return _open_folder(path, takes, reading)
-    is_function = _FUNCTION.fullmatch(str(path)) and not path.exists()
-    if not is_function and not path.exists():
+    function = is_function(str(path))
+    if not function and not path.exists():
         raise DataError(f"{path}: no such file")
     reading.check_unused(str(path))
-    if is_function:
+    if function:
         return Batches(_Function(str(path), _imported(str(path))), takes, str(path))
     if len(takes.first_axes) > 1:
         raise DataError(

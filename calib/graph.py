@@ -142,6 +142,7 @@ def load_model(path: str | Path, feedback: Mapping[str, str] | None = None) -> M
         files = (path, *_external_files(model, path))
         digest, n_bytes = _digest(files)
         notes = (*prepare(model), *_qdq_note(model))
+        _check_data(model, path)
     except OSError as error:
         where = error.filename or path
         raise ModelError(f"{where}: cannot be read: {error.strerror or one_line(error)}") from error
@@ -152,6 +153,19 @@ def load_model(path: str | Path, feedback: Mapping[str, str] | None = None) -> M
     loaded = Model(path, digest, n_bytes, model, notes, dict(feedback or {}), files)
     _check_feedback(loaded)
     return loaded
+
+
+def _check_data(model: ir.Model, path: Path) -> None:
+    """Raises `ModelError` for data that is longer or shorter than its shape, which the checker
+    lets pass."""
+    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
+        tensor = value.const_value
+        if isinstance(tensor, ir.TensorProtoTensor):
+            if (found := len(tensor.tobytes())) != tensor.nbytes:
+                raise ModelError(
+                    f"{path}: tensor {value.name!r} holds {found} bytes, its type and shape "
+                    f"{list(tensor.shape.numpy())} need {tensor.nbytes}"
+                )
 
 
 def _qdq_note(model: ir.Model) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calib.errors import OptionError
 
-_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")  # as in calib.data
+_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 _LONGEST_QUOTE = 60
 
 

@@ -29,7 +29,7 @@ _UNPAIRED_DB = 60.0
 # onnxruntime's float16 differs from the reference by up to 5e-3 (method.md, section 4): 46 dB.
 _FLOAT16_DB = 40.0
 _LEVEL_MARGIN_DB = 10.0
-# In a deep model one level that flips at the first layer becomes another sample of the same noise at
+# In a deep model, one level that flips in the first layer makes another sample of the same noise of
 # the last (48 layers: 25 dB apart, each 22 dB from float): as good, though not alike.
 _LEVEL_LOSS_DB = 1.0
 _MOST_WEIGHT_VALUES = 1 << 24  # dequantized weights held at a time

@@ -38,7 +38,7 @@ NOTHING = "nothing to quantize"
 RULES = Rules(widths=Widths(16, 16, 16))
 STATUSES = ("quantized", "refused", "excepted", "crashed")
 # Of the larger kinds every n-th case, so that all of --fast takes less than 40 s.
-FAST = {"simple": 4, "pytorch-converted": 3, "pytorch-operator": 4, "node": 9}
+FAST = {"simple": 6, "pytorch-converted": 2, "pytorch-operator": 4, "node": 4}
 FAST_LIGHT = ("light_squeezenet",)
 
 
@@ -159,7 +159,9 @@ def report(outcomes: Sequence[Outcome]) -> None:
     nothing = sum(NOTHING in o.message for o in refused)
     print(f"\nrefused: {len(refused)}, of these with {NOTHING}: {nothing}")
     # Names of nodes and tensors are left out, so that like refusals are counted together.
-    messages = Counter(re.sub(r"'[^']*'|(?<=: )\w+: (?=inside)", "'...'", o.message) for o in refused)
+    messages = Counter(
+        re.sub(r"'[^']*'|(?<=: )\w+: (?=inside)", "'...'", o.message) for o in refused
+    )
     for message, count in messages.most_common():
         print(f"{count:5}  {message}")
     for title in ("excepted", "crashed"):

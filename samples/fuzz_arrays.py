@@ -96,7 +96,7 @@ def _change_arrays(rng: Rng, arrays: dict[str, Array]) -> str:
     if kind == 0:
         dtype = one_of(rng, DTYPES)
         with np.errstate(all="ignore"):
-            arrays[name] = array.astype(dtype) if dtype != "V5" else np.zeros(len(array), dtype)
+            arrays[name] = array.astype(dtype) if dtype != "V5" else np.zeros(array.shape, dtype)
         return f"dtype {dtype}"
     if kind < 3 and array.dtype.kind == "f" and array.size:
         value = one_of(rng, (np.nan, np.inf, -np.inf, 3e38, 1e-45, -0.0))
@@ -105,18 +105,18 @@ def _change_arrays(rng: Rng, arrays: dict[str, Array]) -> str:
         arrays[name] = array
         return f"value {value}"
     changed = (
-        lambda: array[:0],
-        lambda: array[0],
+        lambda: array.reshape(-1)[:0],
+        lambda: array[0] if array.ndim else array,
         lambda: array[None],
-        lambda: array[..., :-1],
+        lambda: array[..., :-1] if array.ndim else array,
         lambda: np.asfortranarray(array),
-        lambda: array[:-1],
+        lambda: array[:-1] if array.ndim else array,
         lambda: np.array(None),
     )
     if kind < 10:
         arrays[name] = np.asarray(changed[kind - 3]())
         return f"shape {arrays[name].shape}"
-    arrays[one_of(rng, NAMES)] = arrays.pop(name) if rng.random() < 0.5 else array[:1]
+    arrays[one_of(rng, NAMES)] = arrays.pop(name) if rng.random() < 0.5 else np.atleast_1d(array)[:1]
     return "a name"
 
 

@@ -16,7 +16,7 @@ from models import feed_for, parsed, run, values
 
 from calib import Run, calibrate_model, load_model
 from calib.errors import ModelError, OptionError, OutputError
-from calib.granularity import PerChannel, PerTensor, pieces, to_groups
+from calib.granularity import Granularity, PerChannel, PerTensor, pieces, to_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = parsed("""(float[N,32] x) => (float[N,32] output) <float[32,32] w1, float[32,32] w2> {
@@ -183,7 +183,7 @@ def test_pieces_cover_a_tensor_once_and_never_cut_a_group(
     shape: tuple[int, ...], most: int
 ) -> None:
     tensor = np.arange(int(np.prod(shape))).reshape(shape)
-    grains = [PerTensor(), *(PerChannel(axis) for axis in range(len(shape)))]
+    grains: list[Granularity] = [PerTensor(), *(PerChannel(axis) for axis in range(len(shape)))]
     for granularity in grains:
         found = [tensor[index] for index, _ in pieces(shape, granularity, most)]
         assert (
@@ -198,7 +198,9 @@ def test_pieces_cover_a_tensor_once_and_never_cut_a_group(
 def test_peak_memory_is_the_models_size_and_little_more(tmp_path: Path) -> None:
     """A third of a gigabyte here; samples/bench_large.py goes to 3 GB and beyond."""
     script = ROOT / "samples" / "bench_large.py"
-    command = [sys.executable, str(script), "--gb", "0.33", "--margin", "0.5", "--folder", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    command = [sys.executable, str(script), "--gb", "0.33", "--margin", "0.5", "--folder"]
+    done = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"peak +0\.\d+ GB", done.stdout), json.dumps(done.stdout)

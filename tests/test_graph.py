@@ -326,3 +326,13 @@ def test_folded_batchnorm_shows_in_the_weights(save: Save) -> None:
     statistics = norm(4)
     factor = statistics["scale"] / np.sqrt(statistics["var"] + 1e-5)
     np.testing.assert_allclose(folded, along(factor, 0, values(4, 3, 3, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw + bytes(3), lambda raw: raw + bytes(4)])
+def test_data_that_is_longer_than_its_shape_is_refused(
+    change: Callable[[bytes], bytes], save: Save
+) -> None:
+    model = MODELS["conv_bias"]()
+    model.graph.initializer[0].raw_data = change(model.graph.initializer[0].raw_data)
+    with pytest.raises(ModelError, match=r"tensor 'kernel1' holds 4\d\d bytes, .* need 432$"):
+        load_model(save(model))

@@ -102,7 +102,7 @@ def assert_tidy(room: Path, *names: str) -> None:
 
 
 def only_line(err: str) -> str:
-    (line,) = err.splitlines()
+    (line,) = err.strip().splitlines()  # click goes to a new line after ^C
     return line
 
 

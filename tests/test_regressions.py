@@ -50,7 +50,9 @@ def test_a_mean_is_refused_where_observations_keep_fewer_batches_than_there_were
 ) -> None:
     loaded = load_model(model)
     feeds = [Batch({"image": batch}) for batch in batches(4)]
-    observe(loaded, feeds, make_plan(loaded, Rules()).activations, Observing(1)).save(tmp_path / "o.npz")
+    observe(loaded, feeds, make_plan(loaded, Rules()).activations, Observing(1)).save(
+        tmp_path / "o.npz"
+    )
     saved = Observations.load(tmp_path / "o.npz", loaded)
     assert (len(saved.batches), saved.n_batches) == (1, 4)
     rules = Rules(reduction=Reduction("mean", 4))
