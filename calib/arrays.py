@@ -25,6 +25,7 @@ DAMAGED_FILE = (
     EOFError,
     NotImplementedError,
     OSError,
+    OverflowError,
     RuntimeError,
     TypeError,
     ValueError,

@@ -63,10 +63,12 @@ class Difference:
 
     @property
     def sqnr_db(self) -> float:
-        """``10·log10(Σx²/Σ(x-x̂)²)``; infinite without noise, minus infinite without signal."""
+        """``10·log10(Σx²/Σ(x-x̂)²)``; infinite without noise, minus infinite without signal or where
+        the other is infinite and the reference is not."""
         if self.noise == 0:
             return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 @dataclass(slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +18,10 @@ if sys.platform != "win32":
     import fcntl
 
 _PREFIX = ".octav-calibrate-"
+_NEW_PREFIX = ".new-octav-calibrate-"
 _LOCK = ".lock"
+_JOURNAL = ".journal"
+_HOUR_S = 3600
 
 
 @contextmanager
@@ -25,14 +30,15 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or one_line(error)
+        reason = error.strerror or f"{one_line(error)} (is the disk full?)"
         raise OutputError(f"{path}: cannot be written: {reason}") from error
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, outdated: Iterable[Path] = ()) -> Iterator[Path]:
     """A path with the name of ``path`` in a hidden folder beside it. When the block ends well, all
-    files of that folder are forced to disk and moved to where ``path`` is, ``path`` itself last.
+    files of that folder are forced to disk and moved to where ``path`` is, ``path`` itself last;
+    then the ``outdated`` ones are removed.
 
     Raises:
         OutputError: if the folder cannot be made, or a file not be moved. Nothing is left behind
@@ -40,24 +46,46 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         _remove_leftovers(path.parent)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=path.parent))
+    with _hidden_folder(path) as folder:
+        yield folder / path.name
+        with writing(path):
+            _move_out(folder, path, list(outdated))
+
+
+@contextmanager
+def _hidden_folder(path: Path) -> Iterator[Path]:
+    """A new folder with a lock that ends with this process, however it ends."""
+    with writing(path):
+        folder = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=path.parent))
     try:
-        with _locked(folder):
-            yield folder / path.name
+        if sys.platform == "win32":
+            yield folder
+            return
+        with writing(path):
+            lock = (folder / _LOCK).open("wb")
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Only now may others find it: what has this prefix and a free lock is left over.
+            name = _PREFIX + folder.name.removeprefix(_NEW_PREFIX)
             with writing(path):
-                _move_out(folder, path)
+                folder = folder.rename(folder.with_name(name))
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move_out(folder: Path, path: Path) -> None:
-    names = [file.name for file in folder.iterdir() if file.name not in (_LOCK, path.name)]
-    for name in [*sorted(names), path.name]:
+def _move_out(folder: Path, path: Path, outdated: list[Path]) -> None:
+    others = sorted(f.name for f in folder.iterdir() if f.name not in (_LOCK, path.name))
+    journal = {"last": path.name, "new": others, "outdated": [file.name for file in outdated]}
+    (folder / _JOURNAL).write_text(json.dumps(journal), "utf-8")
+    for name in [_JOURNAL, *others, path.name]:
         _force_to_disk(folder / name)
-    for name in [*sorted(names), path.name]:
+    for name in [*others, path.name]:
         (folder / name).replace(path.with_name(name))
     with suppress(OSError):  # folders cannot be opened everywhere
         _force_to_disk(path.parent)
+    for file in outdated:
+        file.unlink(missing_ok=True)
 
 
 def _force_to_disk(path: Path) -> None:
@@ -68,20 +96,26 @@ def _force_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock that ends with this process, however it ends."""
-    with (folder / _LOCK).open("wb") as lock:
-        if sys.platform != "win32":
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _remove_leftovers(parent: Path) -> None:
-    """Removes folders of processes that are no more: those with a lock that nobody holds."""
+    """Removes folders of processes that are no more, those with a lock that nobody holds, and what
+    such a process had moved out of it too early, or not removed in time."""
     if sys.platform == "win32":
         return
     for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
         with suppress(OSError), lock.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError, ValueError, KeyError):
+                _undo(lock.parent)
             shutil.rmtree(lock.parent, ignore_errors=True)
+    for folder in parent.glob(f"{_NEW_PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _HOUR_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _undo(folder: Path) -> None:
+    journal = json.loads((folder / _JOURNAL).read_text("utf-8"))
+    stopped_before = (folder / journal["last"]).exists()
+    moved = [name for name in journal["new"] if not (folder / name).exists()]
+    for name in moved if stopped_before else journal["outdated"]:
+        folder.with_name(name).unlink(missing_ok=True)

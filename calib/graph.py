@@ -160,12 +160,13 @@ def _check_data(model: ir.Model, path: Path) -> None:
     lets pass."""
     for value in (v for graph in model.graphs() for v in graph.initializers.values()):
         tensor = value.const_value
-        if isinstance(tensor, ir.TensorProtoTensor):
-            if (found := len(tensor.tobytes())) != tensor.nbytes:
-                raise ModelError(
-                    f"{path}: tensor {value.name!r} holds {found} bytes, its type and shape "
-                    f"{list(tensor.shape.numpy())} need {tensor.nbytes}"
-                )
+        if not isinstance(tensor, ir.TensorProtoTensor):
+            continue
+        if (found := len(tensor.tobytes())) != tensor.nbytes:
+            raise ModelError(
+                f"{path}: tensor {value.name!r} holds {found} bytes, its type and shape "
+                f"{list(tensor.shape.numpy())} need {tensor.nbytes}"
+            )
 
 
 def _qdq_note(model: ir.Model) -> tuple[str, ...]:
@@ -299,12 +300,13 @@ def _has_weight(node: ir.Node) -> bool:
 
 
 def _value_spec(value: ir.Value) -> ValueSpec:
-    if value.dtype is None or value.dtype is ir.DataType.STRING:
+    if value.dtype in (None, ir.DataType.STRING, ir.DataType.UNDEFINED):
         raise ModelError(f"{value.name!r}: only tensors of numbers can be fed, got {value.type}")
     shape = None
     if value.shape is not None:
         shape = tuple(d if isinstance(d, int) else d.value for d in value.shape.dims)
-    return ValueSpec(str(value.name), value.dtype.numpy(), shape, value.is_initializer())
+    dtype = value.dtype or ir.DataType.FLOAT
+    return ValueSpec(str(value.name), dtype.numpy(), shape, value.is_initializer())
 
 
 def _external_files(model: ir.Model, path: Path) -> list[Path]:

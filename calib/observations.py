@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from calib.arrays import DAMAGED_FILE, Batch, listed
+from calib.arrays import Batch, listed
 from calib.capture import Runtime, Session, Values
 from calib.counter import Counter
 from calib.errors import DataError, ModelError, ObservationsError, OptionError, one_line
@@ -111,7 +111,9 @@ class Observations:
                 identity = str(manifest.get("identity", ""))
         except FileNotFoundError:
             raise ObservationsError(f"{path}: no such file") from None
-        except (*DAMAGED_FILE, KeyError, IndexError) as error:
+        except (ObservationsError, MemoryError):
+            raise
+        except Exception as error:  # whatever a damaged file makes NumPy and zipfile raise
             raise ObservationsError(
                 f"{path}: not a file that --save-observations wrote: {one_line(error)}"
             ) from error
@@ -213,10 +215,12 @@ def _check_counter(name: str, counter: Counter, first: int) -> None:
 
 def _restore(arrays: NpzFile, key: str) -> Counter:
     counter = Counter()
-    codes = arrays[f"{key}.codes"]
-    if codes.dtype != np.uint16:
-        raise ValueError(f"{key}.codes are no bfloat16 codes")
-    counter.counts[codes] = arrays[f"{key}.counts"]
+    codes, counts = arrays[f"{key}.codes"], arrays[f"{key}.counts"]
+    if codes.dtype != np.uint16 or codes.shape != counts.shape or (counts < 0).any():
+        raise ValueError(f"{key} holds no counts of bfloat16 codes")
+    counter.counts[codes] = counts
     counter.min, counter.max, *exact = map(float, arrays[f"{key}.exact"])
+    if len(counts) and not -np.inf < counter.min <= counter.max < np.inf:
+        raise ValueError(f"{key} lies between {counter.min} and {counter.max}")
     counter.n_zero, counter.n_nan, counter.n_inf = map(int, exact)
     return counter

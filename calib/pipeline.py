@@ -107,7 +107,8 @@ def calibrate_model(
         quantized = write_qdq(loaded, table)
     with ExitStack() as files:
         written = files.enter_context(_replacing(target, loaded, run))
-        quantized = quantized.write(written, run.external_data, free_data_name(target))
+        with writing(target):
+            quantized = quantized.write(written, run.external_data, free_data_name(target))
         with _timed("verify", seconds):
             verify(loaded, quantized, written, split.first_batch(), run.runtime)
         with _timed("evaluate", seconds):
@@ -128,12 +129,10 @@ def _replacing(target: Path, model: Model, run: Run) -> Iterator[Path]:
     """`whole_file`, after which nothing is left that only an older ``target`` or a run that was cut
     off needed."""
     outdated = set(external_files(target)) - {file.absolute() for file in model.files}
-    if run.save_observations is not None:
-        outdated.add(checkpoint_path(run.save_observations))
-    with whole_file(target) as written:
+    with whole_file(target, outdated) as written:
         yield written
-    for file in outdated:
-        file.unlink(missing_ok=True)
+    if run.save_observations is not None:
+        checkpoint_path(run.save_observations).unlink(missing_ok=True)
 
 
 def default_output(model: Model, rules: Rules) -> Path:

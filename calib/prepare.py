@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from numpy.typing import NDArray
+from onnx.defs import get_schema, has
 from onnx.reference import ReferenceEvaluator
 from onnxscript import rewriter
 from onnxscript.rewriter.rules import common as rules
@@ -52,6 +53,7 @@ def prepare(model: ir.Model) -> tuple[str, ...]:
     notes = []
     if model.functions:
         passes.InlinePass()(model)
+        _check_inputs(model)
         notes.append("local functions are inlined, so that the layers in them can be quantized")
     remove_unused(model)
     passes.NameFixPass(_Names())(model)
@@ -87,6 +89,17 @@ def kept_interface(model: ir.Model) -> Iterator[None]:
     yield
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.type, value.shape = copies[value.name]
+
+
+def _check_inputs(model: ir.Model) -> None:
+    """Raises `ValueError` for nodes that a function, called with fewer inputs than it declares,
+    leaves without some of theirs; the checker does not look there."""
+    for node in model.graph.all_nodes():
+        version = model.opset_imports.get(node.domain, 0)
+        if node.domain == "" and has(node.op_type, version, ""):
+            least = get_schema(node.op_type, version, "").min_input
+            if len(node.inputs) < least or None in node.inputs[:least]:
+                raise ValueError(f"{node.op_type} {node.name!r} lacks an input")
 
 
 def all_names(model: ir.Model) -> set[str]:

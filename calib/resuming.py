@@ -36,7 +36,8 @@ def observe_split(model: Model, split: Split, plan: Plan, rules: Rules) -> Obser
         checkpoint=lambda seen: replace(seen, identity=identity).save(path),
         checkpoint_seconds=run.checkpoint_seconds,
     )
-    return observe(model, split.calibration(resumed.n_samples if resumed else 0), names, how)
+    observed = observe(model, split.calibration(resumed.n_samples if resumed else 0), names, how)
+    return replace(observed, identity="")
 
 
 def checkpoint_path(path: Path) -> Path:

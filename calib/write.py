@@ -62,7 +62,7 @@ class Quantized:
         Raises:
             OutputError: if the file cannot be written.
         """
-        with whole_file(path) as temporary:
+        with whole_file(path) as temporary, writing(path):
             self.write(temporary, external_data)
 
     def write(self, path: Path, external_data: str = "auto", data: str | None = None) -> Quantized:
@@ -76,15 +76,17 @@ class Quantized:
             external = external_data == "always"
         if not external and n_bytes > _PROTOBUF_LIMIT:
             raise OutputError(
-                f"{path}: {n_bytes / 1e9:.1f} GB of weights do not fit into an ONNX file itself: "
-                f"leave --external-data at auto"
+                f"{path.name}: {n_bytes / 1e9:.1f} GB of weights do not fit into an ONNX file "
+                f"itself: leave --external-data at auto"
             )
-        with writing(path):
-            if external:
-                ir.save(self.ir, path, external_data=data or f"{path.name}.data")
-            else:
-                ir.save(ir.external_data.load_to_model(self.ir.clone()), path)
-            return replace(self, ir=ir.load(path))
+        if external:
+            beside = path.with_name(data or f"{path.name}.data")
+            ir.save(self.ir, path, external_data=beside.name)
+            if beside.stat().st_size == 0:  # every tensor was small enough for the model file
+                beside.unlink()
+        else:
+            ir.save(ir.external_data.load_to_model(self.ir.clone()), path)
+        return replace(self, ir=ir.load(path))
 
 
 def free_data_name(path: Path) -> str:

@@ -116,7 +116,9 @@ def _change_arrays(rng: Rng, arrays: dict[str, Array]) -> str:
     if kind < 10:
         arrays[name] = np.asarray(changed[kind - 3]())
         return f"shape {arrays[name].shape}"
-    arrays[one_of(rng, NAMES)] = arrays.pop(name) if rng.random() < 0.5 else np.atleast_1d(array)[:1]
+    arrays[one_of(rng, NAMES)] = (
+        arrays.pop(name) if rng.random() < 0.5 else np.atleast_1d(array)[:1]
+    )
     return "a name"
 
 

@@ -37,11 +37,12 @@ from calib import CalibError, Rules, Run, Widths, calibrate_model
 from calib.capture import Runtime
 from calib.targets import Reduction
 
+HALF = TensorProto.FLOAT16
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 STATUSES = ("passed", "refused", "discarded", "failed")
-# The only refusals that a valid graph deserves; the second where an activation overflows that
-# later operators hide, so that the outputs are finite.
-DESERVED = ("nothing to quantize", "the float model overflows on this data")
+# The only refusals that a valid graph deserves. The second: an activation overflows and later
+# operators hide it. The third: onnx's converter fails at an If in a graph of a low opset.
+DESERVED = ("nothing to quantize", "the float model overflows on this data", "cannot be raised to")
 GOOD_DB = 50.0
 # What quantization may be worse than the worst of a few draws of noise.
 MARGIN_DB = 10.0
@@ -211,11 +212,16 @@ def sqnr_db(reference: Array, other: Array) -> float:
 
 
 def _with_noise(path: Path, feeds: Sequence[Feed], draw: int) -> Path:
-    """The model with uniform noise of a 16-bit step added to both inputs of its layers."""
+    """The model with uniform noise of a 16-bit step added to both inputs of its layers.
+
+    A float16 gets noise of one of its own steps, wherever one is made: onnxruntime leaves out the
+    rounding to float16 and back where nothing stands between, and a QDQ pair may.
+    """
     model = onnx.inliner.inline_local_functions(onnx.load(path))
     graph = model.graph
     layers = [node for node in graph.node if node.op_type in LAYER_OPS]
-    names = list(dict.fromkeys(name for node in layers for name in node.input[:2]))
+    halves = [n.output[0] for n in graph.node if n.op_type == "Cast" and n.attribute[0].i == HALF]
+    names = list(dict.fromkeys([*(name for n in layers for name in n.input[:2]), *halves]))
     del graph.output[:]
     graph.output.extend(map(helper.make_empty_tensor_value_info, names))
     onnx.save(model, probe := path.with_name("probe.onnx"))
@@ -224,10 +230,14 @@ def _with_noise(path: Path, feeds: Sequence[Feed], draw: int) -> Path:
     for name in names:
         step = max(float(np.abs(values[name]).max(initial=0)) for values in seen) / 32767
         values = seen[0][name]
+        if values.dtype == np.float16:
+            step = max(2.0**-23, step * 32)  # twice the smallest number, and 10 of 15 bits
         noise = (step * rng.uniform(-0.5, 0.5, values.shape)).astype(values.dtype)
         graph.initializer.append(numpy_helper.from_array(noise, f"{name}~noise"))
-    for node in layers:
-        node.input[:2] = [f"{name}~noisy" for name in node.input[:2]]
+    for node in graph.node:
+        for at, name in enumerate(node.input):
+            if name in halves or (at < 2 and name in names and node.op_type in LAYER_OPS):
+                node.input[at] = f"{name}~noisy"
     noisy = {n: helper.make_node("Add", [n, f"{n}~noise"], [f"{n}~noisy"]) for n in names}
     nodes = [*(noisy[n] for n in names if n not in _made(graph))]
     for node in graph.node:
