@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import platform
@@ -107,7 +108,7 @@ def calibrate_model(
         quantized = write_qdq(loaded, table)
     with ExitStack() as files:
         written = files.enter_context(_replacing(target, loaded, run))
-        with writing(target):
+        with _timed("save", seconds), writing(target):
             quantized = quantized.write(written, run.external_data, free_data_name(target))
         with _timed("verify", seconds):
             verify(loaded, quantized, written, split.first_batch(), run.runtime)
@@ -221,6 +222,7 @@ def _warnings(
 def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
+    gc.collect()  # graphs are cyclic, and the weights of a large model hang on each copy
     seconds[stage] = time.perf_counter() - start
 
 

@@ -119,6 +119,9 @@ def _check_weights(check: _Check, written: ir.Model) -> None:
             )
             if not np.array_equal(integers[index].astype(np.int32), wanted):
                 raise VerificationError(f"weight {record.name!r}: the written integers are wrong")
+        if isinstance(tensor, ir.ExternalTensor):
+            del integers
+            tensor.release()
         portion.append(record)
         if sum(r.count for r in portion) > _MOST_WEIGHT_VALUES:
             _check_dequantized(check, written, portion)

@@ -253,7 +253,7 @@ def test_a_long_run_need_not_be_interrupted_as_a_group(
 def small_run(folder: Path, width: int = 5) -> list[str]:
     """A run whose outputs are a few kB; its observations, and with few weights its summary, are
     larger than its model."""
-    save_two_layers(folder / "m.onnx", normal(4, width), normal(width, 3 * width))
+    save_two_layers(folder / "m.onnx", normal(4, width), normal(width, 3))
     np.save(folder / "d.npy", normal(3000, 4))
     return [*("m.onnx", "--data", "d.npy", "--threads", "1", "--quiet"), *TO]
 
@@ -271,7 +271,7 @@ def test_a_file_that_cannot_grow_is_one_line_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], part: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = [*small_run(tmp_path, 40 if part.endswith("data") else 5), *options]
+    arguments = [*small_run(tmp_path, 80 if part.endswith("data") else 5), *options]
     assert run_script(*arguments).code == 0
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("out.*")}
     limit = (sizes[part] + max((n for n in sizes.values() if n < sizes[part]), default=0)) // 2
