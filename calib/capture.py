@@ -121,7 +121,7 @@ class Session:
         try:
             results = dict(zip(fetched, self._session.run(fetched, feed), strict=True))
         except Exception as error:
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+            shapes = ", ".join(f"{name!r} {list(array.shape)}" for name, array in feed.items())
             raise ModelError(
                 f"onnxruntime cannot run the model on {shapes}: {_reason(error)}"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from calib.arrays import Array, Batch, Feeds, Takes
+from calib.errors import DataError
 from calib.graph import ValueSpec
 
 _FREE_AXIS = 32
 _N_SAMPLES = 64
 _PIXELS_RANK = 3
+_MOST_BYTES = 1 << 32
 
 
 def synthetic(takes: Takes, seed: int) -> Feeds:
@@ -22,6 +25,9 @@ def synthetic(takes: Takes, seed: int) -> Feeds:
     Floats are Gaussian. Integers are 0 and 1, valid as indices, lengths and masks almost
     everywhere; uint8 arrays of three axes or more are taken for pixels, 0 to 255. Free axes are
     32 long.
+
+    Raises:
+        DataError: in a pass, if a feed would take more than 4 GiB.
     """
     required = {spec.name for spec in takes.required}
     whole = takes.whole
@@ -50,6 +56,12 @@ def _random(rng: np.random.Generator, spec: ValueSpec, rows: int | None) -> Arra
     shape = [d if isinstance(d, int) else _FREE_AXIS for d in spec.shape or ()]
     if rows is not None and shape:
         shape[0] = rows
+    n_bytes = math.prod(shape) * spec.dtype.itemsize
+    if n_bytes > _MOST_BYTES:
+        raise DataError(
+            f"{spec.name!r} would take {n_bytes / 1e9:.0f} GB a feed, too much to make up: give "
+            f"--data, or a smaller --batch-size"
+        )
     dtype: np.dtype[Any] = spec.dtype
     if dtype.kind == "f":
         return rng.standard_normal(shape).astype(dtype)

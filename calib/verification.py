@@ -195,7 +195,7 @@ def _check_unpaired(check: _Check, expected: Values) -> None:
     needed = _FLOAT16_DB if check.float16 else _UNPAIRED_DB
     for name, reference in expected.items():
         if reference.dtype.kind == "f":
-            check_nan(name, reference, reference)
+            check_nan(name, reference, unpaired[name])
         if (found := _sqnr_db(expected, unpaired, name)) < needed:
             raise VerificationError(
                 f"apart from its QDQ pairs the written model does not compute what the original "

@@ -137,7 +137,7 @@ def test_a_feed_that_onnxruntime_cannot_run_is_named_by_its_shapes(load: Load) -
     session = Session(load("conv_bias").ir)
     with pytest.raises(ModelError) as caught:
         session.run({"image": values(2, 5, 6, 6)})
-    assert str(caught.value).startswith("onnxruntime cannot run the model on image [2, 5, 6, 6]: ")
+    assert str(caught.value).startswith("onnxruntime cannot run the model on 'image' [2, 5")
     assert "\n" not in str(caught.value)
 
 

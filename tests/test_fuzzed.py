@@ -11,8 +11,11 @@ from conftest import Save, all_bits
 from models import Feed, feed_for, if_subgraph, parsed, run, values
 from onnx import helper
 
-from calib import calibrate_model
-from calib.errors import ModelError
+from calib import calibrate_model, load_model, observe
+from calib.arrays import Batch
+from calib.comparison import Difference
+from calib.errors import ModelError, ObservationsError
+from calib.observations import Observations
 from calib.run import Run
 from calib.targets import Rules, Widths
 
@@ -117,3 +120,56 @@ def test_outputs_that_are_lists_or_no_arrays_are_compared_or_left_out(save: Save
     model.graph.output.append(output)
     result = calibrate_model(save(model), [{"x": values(8, 6)}])
     assert set(result.comparison.sqnr_db) == {"y", *(f"parts[{n}]" for n in range(4))}
+
+
+# --- damaged files --------------------------------------------------------------------------------
+
+
+def test_a_function_that_is_called_with_too_few_inputs_is_refused(save: Save) -> None:
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17, "local": 1]>
+    g (float[N,6] x) => (float[N,3] y) { y = local.Block(x) }
+    <domain: "local", opset_import: ["": 17]> Block (a, w) => (b) { b = MatMul(a, w) }""")
+    with pytest.raises(ModelError, match=r"MatMul '.*' lacks an input"):
+        load_model(save(model))
+
+
+def test_an_input_without_a_type_is_refused(save: Save) -> None:
+    model = parsed("(float[N,6] x, float[N,6] z) => (float[N,3] y) <float[6,3] w> {"
+                   " y = MatMul(x, w) }")  # fmt: skip
+    model.graph.input[1].type.tensor_type.elem_type = 0
+    path = save(model)
+    with pytest.raises(ModelError):
+        calibrate_model(path, [{"x": values(8, 6)}])
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("0.0.exact", [np.inf, -np.inf, 0, 0, 0]),
+        ("0.0.exact", [-1.0, 1.0, np.inf, 0, 0]),
+        ("0.0.exact", [1.0]),
+        ("0.0.counts", [-5]),
+        ("0.0.codes", [0]),
+    ],
+)
+def test_observations_with_nonsense_in_them_are_refused(
+    key: str, change: list[float], save: Save, tmp_path: Path
+) -> None:
+    model = load_model(save(parsed("(float[N,6] x) => (float[N,3] y) <float[6,3] w> {"
+                                   " y = MatMul(x, w) }")))  # fmt: skip
+    observe(model, [Batch({"x": values(8, 6)})], ["x"]).save(tmp_path / "seen.npz")
+    with np.load(tmp_path / "seen.npz") as arrays:
+        content = dict(arrays)
+    changed = np.array(change, np.float64)
+    if "exact" not in key:
+        changed = np.full_like(content[key][: len(content[key]) // 2], change[0], content[key].dtype
+                               if "counts" in key else np.uint16)  # fmt: skip
+    np.savez(tmp_path / "seen.npz", **content | {key: changed})
+    with pytest.raises(ObservationsError, match=r"not a file that --save-observations wrote"):
+        Observations.load(tmp_path / "seen.npz", model)
+
+
+def test_an_output_that_only_quantization_makes_infinite_has_no_sqnr() -> None:
+    difference = Difference()
+    difference.add(np.array([1e38, 2.0]), np.array([np.inf, 2.0]))
+    assert difference.sqnr_db == -np.inf

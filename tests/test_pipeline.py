@@ -126,7 +126,7 @@ def test_the_summary_tells_everything_and_the_file_holds_it(
     sizes = {"float": model.stat().st_size, "quantized": result.output.stat().st_size}
     assert summary["bytes"] == sizes
     assert list(summary["seconds"]) == [
-        "load", "observe", "calibrate", "write", "verify", "evaluate",
+        "load", "observe", "calibrate", "write", "save", "verify", "evaluate",
     ]  # fmt: skip
     assert min(summary["seconds"].values()) >= 0
     assert summary["digests"] == {"model_sha256": hashlib.sha256(model.read_bytes()).hexdigest()}

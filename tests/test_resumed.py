@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,15 @@ import onnx
 import pytest
 from cli_models import DIGITS, contents, copy_digits
 from models import run as run_model
+from warm_script import Warm
 
 from calib import Rules, Run, calibrate_model
 from calib.capture import Runtime
 from calib.data import Reading
 from calib.pipeline import Calibration
 from calib.targets import Reduction
+
+Child = Callable[..., int]
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
 
@@ -79,13 +81,24 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def child(code: str, *arguments: object) -> int:
-    """The exit code of a process that runs ``code``, which may import this file."""
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here), str(here.parent)])
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, env=env, timeout=100, check=False).returncode
+@pytest.fixture(scope="module")
+def server() -> Iterator[Warm]:
+    server = Warm()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def child(server: Warm, room: Path, tmp_path_factory: pytest.TempPathFactory) -> Child:
+    """Runs code in a process, which may import this file; returns the exit code."""
+    server.room = room
+    script = tmp_path_factory.mktemp("code") / "code.py"
+
+    def run(code: str, *arguments: object) -> int:
+        script.write_text(code, "utf-8")
+        return server.run(str(script), *arguments)[0]
+
+    return run
 
 
 def observe(
@@ -118,7 +131,7 @@ def partial_notes(result: Calibration) -> list[str]:
 
 @pytest.mark.parametrize(("n_batches", "reduction"), [(1, "pool"), (5, "pool"), (3, "mean")])
 def test_a_killed_run_goes_on_and_counts_what_one_without_a_break_counts(
-    room: Path, n_batches: int, reduction: str
+    room: Path, child: Child, n_batches: int, reduction: str
 ) -> None:
     whole = observe(reduction=reduction)
     expected, model = observed(room / "seen.npz"), whole.output.read_bytes()
@@ -135,9 +148,12 @@ def test_a_killed_run_goes_on_and_counts_what_one_without_a_break_counts(
     assert not (room / PARTIAL).exists()
 
 
-def killed_after_three_batches() -> None:
+@pytest.fixture
+def killed(room: Path, child: Child) -> Path:
+    """The room that a run left behind that was killed after three batches."""
     assert child(OBSERVE, 3, "pool") == -signal.SIGKILL
-    assert Path(PARTIAL).exists()
+    assert (room / PARTIAL).exists()
+    return room
 
 
 def assert_from_the_start(result: Calibration) -> None:
@@ -147,45 +163,40 @@ def assert_from_the_start(result: Calibration) -> None:
     assert not Path(PARTIAL).exists()
 
 
-def test_other_data_is_observed_from_the_start(room: Path) -> None:
-    killed_after_three_batches()
+def test_other_data_is_observed_from_the_start(killed: Path) -> None:
     images = np.load(DIGITS / "digits.npz")["image"]
-    np.savez(room / "digits.npz", image=images[::-1])
+    np.savez(killed / "digits.npz", image=images[::-1])
     assert_from_the_start(observe())
-    found = observed(room / "seen.npz")
+    found = observed(killed / "seen.npz")
     observe()
-    assert observed(room / "seen.npz") == found
+    assert observed(killed / "seen.npz") == found
 
 
-def test_data_of_another_name_but_the_same_content_is_no_harm(room: Path) -> None:
-    killed_after_three_batches()
-    shutil.copy(room / "digits.npz", room / "copy.npz")
+def test_data_of_another_name_but_the_same_content_is_no_harm(killed: Path) -> None:
+    shutil.copy(killed / "digits.npz", killed / "copy.npz")
     result = observe("copy.npz")
     assert len(partial_notes(result)) == 1
-    found = observed(room / "seen.npz")
+    found = observed(killed / "seen.npz")
     observe()
-    assert observed(room / "seen.npz") == found
+    assert observed(killed / "seen.npz") == found
 
 
 @pytest.mark.parametrize("other", [{"batch_size": 16}, {"reduction": "mean"}])
-def test_other_settings_are_observed_from_the_start(room: Path, other: dict[str, Any]) -> None:
-    assert room.is_dir()
-    killed_after_three_batches()
+def test_other_settings_are_observed_from_the_start(killed: Path, other: dict[str, Any]) -> None:
+    assert killed.is_dir()
     assert_from_the_start(observe(**other))
 
 
-def test_another_model_is_observed_from_the_start(room: Path) -> None:
-    killed_after_three_batches()
-    model = onnx.load(room / "digits.onnx")
+def test_another_model_is_observed_from_the_start(killed: Path) -> None:
+    model = onnx.load(killed / "digits.onnx")
     model.doc_string = "another"
-    onnx.save(model, room / "digits.onnx")
+    onnx.save(model, killed / "digits.onnx")
     assert_from_the_start(observe())
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "text", "a flipped byte"])
-def test_a_damaged_part_is_observed_from_the_start(room: Path, damage: str) -> None:
-    killed_after_three_batches()
-    path = room / PARTIAL
+def test_a_damaged_part_is_observed_from_the_start(killed: Path, damage: str) -> None:
+    path = killed / PARTIAL
     data = path.read_bytes()
     middle = len(data) // 2
     flipped = data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
@@ -216,7 +227,7 @@ def assert_runs(path: Path) -> None:
 
 
 def test_a_run_that_dies_at_any_step_leaves_a_model_that_runs_and_the_next_run_tidies_up(
-    room: Path,
+    room: Path, child: Child
 ) -> None:
     overwrite()
     inputs = {name: (room / name).read_bytes() for name in ("digits.onnx", "digits.npz")}

@@ -107,3 +107,9 @@ def test_a_fixed_batch_is_known_from_the_model(save: Save, load: Load) -> None:
     assert fixed.multiple == 4
     assert {batch.n_samples for batch in fixed.batches()} == {4}
     assert open_data(load("conv_bias"), None).multiple == 1
+
+
+def test_inputs_that_are_too_large_to_make_up_are_refused() -> None:
+    model = model_taking(("x", "float32", ("N", 1 << 40)))
+    with pytest.raises(DataError, match=r"^'x' would take \d+ GB a feed, .* give --data"):
+        synthetic(model)

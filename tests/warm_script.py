@@ -22,22 +22,24 @@ PATIENCE_S = 60.0
 
 
 class Warm:
-    """Starts the script, one run at a time, each the leader of a process group of its own."""
+    """Starts a Python script, one run at a time, each the leader of a process group of its own.
+    Where ``room`` is, it runs."""
 
-    def __init__(self, script: str, room: Path):
-        self._script, self._room = script, room
+    def __init__(self) -> None:
+        here = Path(__file__).resolve().parent
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
         command = [sys.executable, "-W", "ignore", __file__]
         self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env
         )
         assert self._told() == "ready"
         self.pid = 0
+        self.room = Path()
 
-    def start(self, *arguments: object) -> None:
-        """In the room."""
+    def start(self, script: str, *arguments: object) -> None:
         assert self._server.stdin is not None
-        argv = [self._script, *map(str, arguments)]
-        self._server.stdin.write(json.dumps([argv, str(self._room)]) + "\n")
+        argv = [script, *map(str, arguments)]
+        self._server.stdin.write(json.dumps([argv, str(self.room)]) + "\n")
         self.pid = int(self._told())
 
     def wait(self) -> tuple[int, str]:
@@ -48,10 +50,10 @@ class Warm:
     @property
     def stderr(self) -> Path:
         """Not in the room, where a test may look at all there is."""
-        return self._room.parent / f"{self._room.name}.stderr"
+        return self.room.parent / f"{self.room.name}.stderr"
 
-    def run(self, *arguments: object) -> tuple[int, str]:
-        self.start(*arguments)
+    def run(self, script: str, *arguments: object) -> tuple[int, str]:
+        self.start(script, *arguments)
         return self.wait()
 
     def close(self) -> None:
