@@ -17,7 +17,7 @@ from typing import Any
 from calib.calibration import calibrate
 from calib.comparison import Comparison
 from calib.data import open_data
-from calib.files import whole_file, writing
+from calib.files import uninterrupted, whole_file, writing
 from calib.graph import Model, load_model
 from calib.observations import Observations
 from calib.resuming import checkpoint_path, observe_split
@@ -106,8 +106,7 @@ def calibrate_model(
         table = table.with_manifest(_manifest(table, rules, run, data))
     with _timed("write", seconds):
         quantized = write_qdq(loaded, table)
-    with ExitStack() as files:
-        written = files.enter_context(_replacing(target, loaded, run))
+    with _outputs(target, loaded, run) as (written, files):
         with _timed("save", seconds), writing(target):
             quantized = quantized.write(written, run.external_data, free_data_name(target))
         with _timed("verify", seconds):
@@ -126,14 +125,16 @@ def calibrate_model(
 
 
 @contextmanager
-def _replacing(target: Path, model: Model, run: Run) -> Iterator[Path]:
-    """`whole_file`, after which nothing is left that only an older ``target`` or a run that was cut
-    off needed."""
+def _outputs(target: Path, model: Model, run: Run) -> Iterator[tuple[Path, ExitStack]]:
+    """Where to write the model, and a stack for other files: all appear together, and what only an
+    older ``target`` or a run that was cut off needed goes."""
     outdated = set(external_files(target)) - {file.absolute() for file in model.files}
-    with whole_file(target, outdated) as written:
-        yield written
-    if run.save_observations is not None:
-        checkpoint_path(run.save_observations).unlink(missing_ok=True)
+    with ExitStack() as files:
+        yield files.enter_context(whole_file(target, outdated)), files
+        with uninterrupted():
+            files.close()
+            if run.save_observations is not None:
+                checkpoint_path(run.save_observations).unlink(missing_ok=True)
 
 
 def default_output(model: Model, rules: Rules) -> Path:

@@ -29,8 +29,8 @@ from calib.observations import Observations
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
 N_KILLS = 100
-N_COLD_KILLS = 8
-N_SIGNALS = 10
+N_COLD_KILLS = 6
+N_SIGNALS = 8
 INPUTS = ("digits.onnx", "digits.npz")
 QUICK = ("digits.onnx", "--data", "digits.npz", "--samples", 16, "--threads", 1, "--quiet")
 TO = ("--output", "out.onnx")
@@ -291,7 +291,7 @@ def test_a_file_that_cannot_grow_is_one_line_and_nothing_is_left(
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 2
     line = only_line(done.stderr)
-    assert f"{part.removesuffix('.data')}: cannot be written" in line
+    assert line.startswith(f"octav-calibrate: error: {part.removesuffix('.data')}: cannot be ")
     assert contents(tmp_path) == before
 
 
@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(
             data = ("--data", DIGITS / "digits.npz", "--samples", 16)
             told = run_script("digits.onnx", *data, *TO, "--bits", 16, *form)
             assert told.code == 2
-            assert "cannot be written" in only_line(told.err)
+            assert only_line(told.err).startswith("octav-calibrate: error: out.onnx: cannot be ")
             assert contents(disk) == before
     finally:
         monkeypatch.chdir(tmp_path)
