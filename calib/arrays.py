@@ -116,10 +116,12 @@ class Takes:
     def of(cls, model: Model, batch_size: int) -> Takes:
         """What ``model`` takes, ``batch_size`` samples at a time where it leaves that free."""
         fed_back = frozenset(model.feedback)
-        axes = {s.shape[0] for s in _required(model.inputs) if s.shape}
-        fixed = tuple(sorted(length for length in axes if isinstance(length, int) and length))
-        free = 1 if fed_back or len(fixed) > 1 else batch_size
-        return cls(model.inputs, fed_back, fixed[0] if len(fixed) == 1 else free, fixed)
+        axes = [s.shape[0] for s in _required(model.inputs) if s.shape]
+        lengths = {length for length in axes if isinstance(length, int) and length}
+        free = any(not isinstance(length, int) for length in axes)
+        fixed = () if free else tuple(sorted(lengths))
+        size = 1 if fed_back or len(fixed) > 1 else batch_size
+        return cls(model.inputs, fed_back, fixed[0] if len(fixed) == 1 else size, fixed)
 
     @property
     def required(self) -> tuple[ValueSpec, ...]:
@@ -133,15 +135,16 @@ class Takes:
 
     @property
     def whole(self) -> frozenset[str]:
-        """Inputs whose first axis is not one of samples: single numbers, states, optional inputs
-        with another fixed length, and all where the required ones disagree."""
+        """Inputs whose first axis is not one of samples: single numbers, states, those of a fixed
+        length that may be left out or where others are free, and all where the required ones
+        disagree."""
         return frozenset(spec.name for spec in self.inputs if self._is_whole(spec))
 
     def _is_whole(self, spec: ValueSpec) -> bool:
         if len(self.first_axes) > 1 or spec.name in self.fed_back or spec.shape == ():
             return True
         first = spec.shape[0] if spec.shape else None
-        return spec.optional and isinstance(first, int) and first != self.fixed
+        return isinstance(first, int) and (spec.optional or first != self.fixed)
 
 
 def _required(inputs: tuple[ValueSpec, ...]) -> tuple[ValueSpec, ...]:
@@ -182,7 +185,7 @@ class Feeds:
         for models with inputs that are fed back."""
         pieces = self._pieces(start, self.n_samples if stop is None else stop)
         restart = bool(self.takes.fed_back)
-        for batch in _stacked(pieces, self.takes.size):
+        for batch in stacked(pieces, self.takes.size):
             yield replace(batch, restart=True) if restart else batch
             restart = False
 
@@ -197,7 +200,7 @@ class Feeds:
                 return
 
 
-def _stacked(pieces: Iterator[Batch], size: int) -> Iterator[Batch]:
+def stacked(pieces: Iterator[Batch], size: int) -> Iterator[Batch]:
     """Neighbours that can be one feed as one, up to ``size`` samples; nothing else is changed."""
     held: list[Batch] = []
     n = 0

@@ -122,8 +122,10 @@ class Session:
             results = dict(zip(fetched, self._session.run(fetched, feed), strict=True))
         except Exception as error:
             shapes = ", ".join(f"{name!r} {list(array.shape)}" for name, array in feed.items())
+            started = [name for name in self._feedback if name not in self._state]
+            hint = f"; first values of {started[0]!r} can stand in the data" if started else ""
             raise ModelError(
-                f"onnxruntime cannot run the model on {shapes}: {_reason(error)}"
+                f"onnxruntime cannot run the model on {shapes}: {_reason(error)}{hint}"
             ) from error
         self._state = {name: results[output] for name, output in self._feedback.items()}
         for name in self._outputs:
@@ -137,6 +139,7 @@ class Session:
         for name, array in feed.items():
             if name in self._inputs:
                 lengths.update(zip(self._inputs[name].shape, array.shape, strict=False))
+        lengths.pop(None, None)  # an axis without a name is nobody else's
         zeros: Values = {}
         for name in self._feedback:
             node = self._inputs[name]
@@ -217,8 +220,10 @@ def _options(runtime: Runtime, optimized: bool) -> ort.SessionOptions:
     options.log_severity_level = _SEVERITY_FATAL
     levels = ort.GraphOptimizationLevel
     for library in runtime.custom_ops:
-        try:
-            options.register_custom_ops_library(str(library))
+        if not library.exists():
+            raise OptionError(f"{library}: no such file")
+        try:  # of a bare name, the loader would look in the system's folders
+            options.register_custom_ops_library(str(library.absolute()))
         except Exception as error:
             raise OptionError(
                 f"{library}: cannot be loaded as a custom operator library: {_reason(error)}"
@@ -250,10 +255,15 @@ def _source(
     folders = {str(t.base_dir) for t in tensors if isinstance(t, ir.ExternalTensor)}
     inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
     if len(folders) > 1 or inline > _MOST_INLINE_BYTES:
-        folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="octav-calibrate-"))
-        path = Path(folder, "model.onnx")
-        ir.save(model, path, external_data="model.data")
-        return str(path)
+        try:
+            folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="octav-calibrate-"))
+            ir.save(model, Path(folder, "model.onnx"), external_data="model.data")
+        except OSError as error:
+            raise ModelError(
+                f"{tempfile.gettempdir()}: no working copy of the model can be written: "
+                f"{error.strerror or one_line(error)}; let TMPDIR name a folder with room"
+            ) from error
+        return str(Path(folder, "model.onnx"))
     if folders:
         options.add_session_config_entry(_FOLDER_OF_EXTERNAL_DATA, folders.pop() or ".")
     return bytes(ir.to_proto(model).SerializeToString())

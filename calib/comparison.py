@@ -91,6 +91,7 @@ class _Totals:
     hits: _Hits = field(default_factory=_Hits)
     n_samples: int = 0
     notes: tuple[str, ...] = ()
+    same: dict[str, list[int]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -117,7 +118,11 @@ def evaluate(
         expected, actual = (session.run(batch.feed, batch.restart) for session in sessions)
         _add(totals, batch, expected, actual)
     sqnr_db = {name: difference.sqnr_db for name, difference in totals.differences.items()}
-    return Comparison(totals.n_samples, sqnr_db, totals.hits.top1(), totals.notes)
+    alike = tuple(
+        f"output {name!r}, no float: {n / max(of, 1):.2%} of its values are equal"
+        for name, (n, of) in totals.same.items()
+    )
+    return Comparison(totals.n_samples, sqnr_db, totals.hits.top1(), (*totals.notes, *alike))
 
 
 def check_nan(name: str, reference: NDArray[Any], actual: NDArray[Any]) -> None:
@@ -140,6 +145,9 @@ def _add(
 ) -> None:
     for name, reference in expected.items():
         if reference.dtype.kind != "f":
+            same = totals.same.setdefault(name, [0, 0])
+            same[0] += int(np.count_nonzero(reference == actual[name]))
+            same[1] += reference.size
             continue
         check_nan(name, reference, actual[name])
         totals.differences.setdefault(name, Difference()).add(reference, actual[name])
@@ -154,6 +162,13 @@ def _add(
         raise DataError(
             f"labels have shape {batch.labels.shape}, the model's {logits!r} "
             f"{expected[logits].shape}: one label for each sample is needed"
+        )
+    n_classes = expected[logits].shape[1]
+    outside = batch.labels[(batch.labels < 0) | (batch.labels >= n_classes)]
+    if outside.size:
+        raise DataError(
+            f"label {int(outside[0])}: the model's {logits!r} has {n_classes} classes, 0 to "
+            f"{n_classes - 1}"
         )
     totals.hits.n += len(batch.labels)
     totals.hits.float_model += int((expected[logits].argmax(axis=1) == batch.labels).sum())

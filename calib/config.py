@@ -81,7 +81,8 @@ class Config:
             object.__setattr__(self, "mean_batches", _MEAN_BATCHES)
         if self.reduce != "mean" and self.mean_batches is not None:
             raise OptionError(f"mean-batches belongs to reduce mean, reduce is {self.reduce!r}")
-        if self.percentile is not None and "percentile" not in (self.method, self.weight_method):
+        methods = (self.method, self.weight_method, *(rule.method for rule in self.rules))
+        if self.percentile is not None and "percentile" not in methods:
             raise OptionError(
                 f"percentile belongs to method percentile, the method is {self.method!r}"
             )
@@ -163,11 +164,16 @@ class Config:
         if "method" in given:
             dropped["weight_method"] = None
         now = {"method": self.method, "weight_method": self.weight_method, **dropped, **given}
-        if "percentile" not in (now["method"], now["weight_method"]):
+        rules = (rule.method for rule in self.rules)
+        if "percentile" not in (now["method"], now["weight_method"], *rules):
             dropped["percentile"] = None
         for name, other in (("quiet", "verbose"), ("verbose", "quiet")):
             if given.get(name):
                 dropped[other] = False
+        for name, other in (("observations", "save_observations"),
+                            ("save_observations", "observations")):  # fmt: skip
+            if given.get(name):
+                dropped[other] = None
         return dropped
 
     def read_paths(self) -> tuple[Path, ...]:
@@ -206,7 +212,10 @@ class Config:
                 exclude=self.exclude,
                 op_types=QUANTIZABLE_OPS if self.op_types is None else self.op_types,
             ),
-            overrides=self.rules,
+            overrides=tuple(
+                replace(rule, method=rule.method and self._with_percentile(rule.method))
+                for rule in self.rules
+            ),
         )
 
     def to_run(self) -> Run:

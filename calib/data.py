@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from calib.arrayfiles import ARRAY_SUFFIXES, open_file
-from calib.arrays import (
-    LABELS,
-    Array,
-    Batch,
-    Takes,
-    check_input,
-    check_labels,
-    check_whole,
-    listed,
-)
-from calib.errors import CalibError, DataError, OptionError
-from calib.folders import array_folder, files_below, reason
+from calib.arrays import Batch, Takes, listed
+from calib.errors import DataError, OptionError
+from calib.folders import array_folder, files_below
 from calib.graph import Model
 from calib.imagefolder import image_folder
 from calib.images import IMAGE_SUFFIXES, Preprocessing
+from calib.iterables import Batches, Function, check_batches, import_function
 from calib.readers import is_function
 from calib.synthetic import synthetic
 from calib.testsets import set_folder, sets_below
+
+_SILENT_SUFFIXES = {"", ".csv", ".json", ".md", ".txt", ".yaml", ".yml", ".onnx"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,83 +78,10 @@ class Data(Protocol):
 
     @property
     def identity(self) -> str | None:
-        """Equal for the same files read in the same way, and for the same function; None where
-        that cannot be told."""
+        """Equal for the same files read in the same way; None where that cannot be told."""
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Batches of the samples from ``start`` to before ``stop``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batches:
-    """Data from an iterable of batches: dictionaries, single arrays, or tuples in the order of
-    the model's required inputs, with the labels behind them; or an onnxruntime
-    CalibrationDataReader.
-
-    Arrays that all have one axis less than the inputs are one sample. What holds more samples than
-    the model's fixed batch is fed in parts. A dictionary with an input that is fed back starts a
-    sequence. What can be iterated once only (a generator, a reader) can be calibrated on;
-    comparing the models then uses its first batch.
-    """
-
-    source: Any
-    takes: Takes
-    identity: str | None = None
-    n_samples: ClassVar[None] = None
-    multiple: ClassVar[int] = 1
-    notes: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def once_only(self) -> bool:
-        """Whether a second pass would find nothing."""
-        return hasattr(self.source, "get_next") or isinstance(self.source, Iterator)
-
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """Batches that reach beyond ``start`` or ``stop`` are cut there, unless the model fixes
-        their size or keeps a state."""
-        seen = 0
-        uncut = bool(self.takes.first_axes or self.takes.fed_back)
-        for batch in self._feeds():
-            if stop is not None and seen >= stop:
-                return
-            first, last = max(start - seen, 0), batch.n_samples
-            if stop is not None:
-                last = min(last, stop - seen)
-            seen += batch.n_samples
-            if first < last:
-                yield batch if uncut else batch.part(first, last)
-
-    def _feeds(self) -> Iterator[Batch]:
-        fixed, fed_back = self.takes.fixed, self.takes.fed_back
-        where = f"{self.identity}: batch" if self.identity else "batch"
-        for number, item in enumerate(_iterate(self.source)):
-            batch = _as_batch(item, self.takes, f"{where} {number}")
-            if fixed is None or batch.n_samples == fixed:
-                yield replace(batch, restart=True) if fed_back and number == 0 else batch
-                continue
-            for first in range(0, batch.n_samples, fixed):
-                part = batch.part(first, first + fixed)
-                later = {n: a for n, a in part.feed.items() if n not in fed_back}
-                restart = first == 0 and (number == 0 or batch.restart) and bool(fed_back)
-                yield replace(part, feed=later if first else part.feed, restart=restart)
-
-
-@dataclass(frozen=True, slots=True)
-class _Function:
-    """The batches of ``package.module:function``, which is called anew for each pass."""
-
-    source: str
-    function: Callable[[], Any]
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            batches = self.function()
-            _check_batches(batches, f"{self.source}: it must return")
-            yield from _iterate(batches)
-        except CalibError:
-            raise
-        except Exception as error:
-            raise DataError(f"{self.source}: {reason(error)}") from error
 
 
 def open_data(model: Model, source: object, reading: Reading | None = None) -> Data:
@@ -193,7 +108,7 @@ def open_data(model: Model, source: object, reading: Reading | None = None) -> D
     reading.check_unused("made up" if source is None else f"a {type(source).__name__}")
     if source is None:
         return synthetic(takes, reading.seed)
-    _check_batches(source, "data must be a path or")
+    check_batches(source, "data must be a path or")
     return Batches(source, takes)
 
 
@@ -205,7 +120,7 @@ def _open_path(path: Path, takes: Takes, reading: Reading) -> Data:
         raise DataError(f"{path}: no such file")
     reading.check_unused(str(path))
     if function:
-        return Batches(_Function(str(path), _imported(str(path))), takes, str(path))
+        return Batches(Function(str(path), import_function(str(path))), takes)
     if len(takes.first_axes) > 1:
         raise DataError(
             f"{path}: the model's inputs have different fixed first axes "
@@ -213,13 +128,6 @@ def _open_path(path: Path, takes: Takes, reading: Reading) -> Data:
             f"dictionaries from Python, or a folder with an .npz for each feed"
         )
     return open_file(path, takes)
-
-
-def _check_batches(source: object, what: str) -> None:
-    if not isinstance(source, Iterable) and not hasattr(source, "get_next"):
-        raise DataError(f"{what} an iterable of batches, got {source!r}")
-    if isinstance(source, Mapping):
-        raise DataError(f"{what} an iterable of batches, got one mapping: wrap it in a list")
 
 
 def _open_folder(folder: Path, takes: Takes, reading: Reading) -> Data:
@@ -241,80 +149,9 @@ def _open_folder(folder: Path, takes: Takes, reading: Reading) -> Data:
             f"kind"
         )
     if images:
-        return image_folder(folder, images, takes, reading.images, reading.labels)
+        others = {p.suffix for p in files} - {p.suffix for p in images} - _SILENT_SUFFIXES
+        note = (f"files that are no images are passed over: {listed(sorted(others))}",)
+        data = image_folder(folder, images, takes, reading.images, reading.labels)
+        return replace(data, notes=(*data.notes, *(note if others else ())))
     reading.check_unused(f"{found[0]} in {folder}")
-    if arrays:
-        return array_folder(folder, arrays, takes)
-    return set_folder(folder, sets, takes)
-
-
-def _imported(source: str) -> Callable[[], Any]:
-    """The function that ``package.module:function`` names, also in the current directory."""
-    module, _, name = source.partition(":")
-    here = os.getcwd()  # noqa: PTH109 - a string, as sys.path wants it
-    sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (Exception, SystemExit) as error:  # whatever the module raises
-        raise DataError(f"{source}: cannot be imported: {reason(error)}") from error
-    finally:
-        with suppress(ValueError):  # the module may have removed it
-            sys.path.remove(here)
-    if not callable(found):
-        raise DataError(f"{source}: must be a function, is of type {type(found).__name__}")
-    return found
-
-
-def _iterate(source: Any) -> Iterator[Any]:
-    if hasattr(source, "get_next"):
-        return iter(source.get_next, None)
-    return iter(source)
-
-
-def _as_batch(item: Any, takes: Takes, where: str) -> Batch:
-    feed, labels = _named(item, takes, where)
-    missing = [spec.name for spec in takes.required if spec.name not in feed]
-    if missing:
-        raise DataError(f"{where}: no array for input {listed(missing)}; got {listed(feed)}")
-    specs = [spec for spec in takes.inputs if spec.name in feed]
-    rows = [spec for spec in specs if spec.name not in takes.whole]
-    if rows and all(feed[s.name].ndim + 1 == len(s.shape or ()) for s in rows):
-        feed |= {spec.name: feed[spec.name][None] for spec in rows}
-        labels = labels[None] if labels is not None and labels.ndim == 0 else labels
-    for spec in specs:
-        array = feed[spec.name]
-        check = check_whole if spec.name in takes.whole else check_input
-        check(where, array.shape, array.dtype, spec)
-    if labels is not None:
-        check_labels(where, labels.dtype, labels.shape)
-    ordered = {spec.name: feed[spec.name] for spec in specs}
-    batch = Batch(ordered, labels, bool(takes.fed_back & feed.keys()), takes.whole)
-    if takes.fixed is not None and batch.n_samples % takes.fixed:
-        raise DataError(
-            f"{where}: {batch.n_samples} samples, the model takes {takes.fixed} at a time"
-        )
-    return batch
-
-
-def _named(item: Any, takes: Takes, where: str) -> tuple[dict[str, Array], Array | None]:
-    """Arrays by input, and labels."""
-    if isinstance(item, Mapping):
-        feed = {str(name): _as_array(value) for name, value in item.items()}
-        named = LABELS in {spec.name for spec in takes.inputs}
-        return feed, None if named else feed.pop(LABELS, None)
-    arrays = [_as_array(v) for v in (item if isinstance(item, tuple | list) else [item])]
-    names = [spec.name for spec in takes.required]
-    labels = arrays.pop() if len(arrays) == len(names) + 1 else None
-    if len(arrays) != len(names):
-        raise DataError(
-            f"{where}: {len(arrays)} arrays, the model has {len(names)} inputs: {listed(names)}"
-        )
-    return dict(zip(names, arrays, strict=True)), labels
-
-
-def _as_array(value: Any) -> Array:
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    return np.asarray(value)
+    return array_folder(folder, arrays, takes) if arrays else set_folder(folder, sets, takes)

@@ -24,7 +24,12 @@ def files_below(folder: Path) -> list[Path]:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=fail):
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found.extend(Path(parent, name) for name in names if not name.startswith("."))
     return sorted(found, key=lambda path: natural(path.relative_to(folder).as_posix()))

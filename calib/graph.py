@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calib.checker import check_attributes, check_data, check_file, external_data_files
 from calib.errors import ModelError, OptionError, one_line
 from calib.granularity import Granularity, PerChannel, PerTensor
 from calib.prepare import QUANTIZABLE_OPS, inner_nodes, is_constant, prepare, sources
@@ -135,14 +135,15 @@ def load_model(path: str | Path, feedback: Mapping[str, str] | None = None) -> M
     if path.stat().st_size == 0:
         raise ModelError(f"{path}: is empty, not an ONNX model")
     try:
-        onnx.checker.check_model(str(path))
+        check_file(path)
         model = ir.load(path)
         if "ai.onnx" in model.opset_imports:  # another name of the default domain
             model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
-        files = (path, *_external_files(model, path))
+        check_attributes(model, path)
+        files = (path, *external_data_files(model, path))
         digest, n_bytes = _digest(files)
         notes = (*prepare(model), *_qdq_note(model))
-        _check_data(model, path)
+        check_data(model, path)
     except OSError as error:
         where = error.filename or path
         raise ModelError(f"{where}: cannot be read: {error.strerror or one_line(error)}") from error
@@ -153,20 +154,6 @@ def load_model(path: str | Path, feedback: Mapping[str, str] | None = None) -> M
     loaded = Model(path, digest, n_bytes, model, notes, dict(feedback or {}), files)
     _check_feedback(loaded)
     return loaded
-
-
-def _check_data(model: ir.Model, path: Path) -> None:
-    """Raises `ModelError` for data that is longer or shorter than its shape, which the checker
-    lets pass."""
-    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
-        tensor = value.const_value
-        if not isinstance(tensor, ir.TensorProtoTensor):
-            continue
-        if (found := len(tensor.tobytes())) != tensor.nbytes:
-            raise ModelError(
-                f"{path}: tensor {value.name!r} holds {found} bytes, its type and shape "
-                f"{list(tensor.shape.numpy())} need {tensor.nbytes}"
-            )
 
 
 def _qdq_note(model: ir.Model) -> tuple[str, ...]:
@@ -189,6 +176,23 @@ def _check_feedback(model: Model) -> None:
                 f"feed-back: input {source.name!r} is {source.dtype}, output {target.name!r} is "
                 f"{target.dtype}: they must be of one type"
             )
+        shapes = [spec.shape for spec in map(_value_spec, (source, target))]
+        if None not in shapes and not _match(*shapes):
+            raise OptionError(
+                f"feed-back: input {source.name!r} is {shapes[0]}, output {target.name!r} is "
+                f"{shapes[1]}: their shapes must match"
+            )
+    if model.feedback and all(spec.optional for spec in model.inputs):
+        raise OptionError("feed-back: every input is fed back, none is left for data")
+
+
+def _match(one: tuple[object, ...] | None, other: tuple[object, ...] | None) -> bool:
+    """Whether two shapes have the same number of axes and, where both say how long, lengths."""
+    assert one is not None
+    assert other is not None
+    return len(one) == len(other) and all(
+        a == b for a, b in zip(one, other, strict=True) if isinstance(a, int) and isinstance(b, int)
+    )
 
 
 def quantizable_uses(model: Model) -> tuple[tuple[Use, ...], tuple[Skipped, ...]]:
@@ -207,7 +211,7 @@ def quantizable_uses(model: Model) -> tuple[tuple[Use, ...], tuple[Skipped, ...]
                     uses.append(_use(node, position, node in edges))
         elif node.op_type in _INTEGER_OPS:
             skipped.append(Skipped(str(node.name), f"{node.op_type} is quantized already"))
-        elif node.op_type in _UNSUPPORTED_OPS or (node.domain != "" and _has_weight(node)):
+        elif node.op_type in _UNSUPPORTED_OPS or (node.domain != "" and _multiplies(node)):
             name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             skipped.append(Skipped(str(node.name), f"{name} is not supported"))
     skipped.extend(_inside_subgraphs(model.ir.graph))
@@ -299,33 +303,25 @@ def _has_weight(node: ir.Node) -> bool:
     return any(v is not None and is_constant(v) and len(v.shape or ()) > 1 for v in node.inputs[:2])
 
 
+def _multiplies(node: ir.Node) -> bool:
+    """Whether an operator of another domain has a weight, or is called after what multiplies."""
+    named = any(part in node.op_type for part in ("MatMul", "Gemm", "Conv", "Attention"))
+    values = (v for v in node.inputs if v is not None)
+    return named or any(is_constant(v) and len(v.shape or ()) > 1 for v in values)
+
+
 def _value_spec(value: ir.Value) -> ValueSpec:
-    if value.dtype in (None, ir.DataType.STRING, ir.DataType.UNDEFINED):
+    if not isinstance(value.type, ir.TensorType) or value.dtype in (
+        None,
+        ir.DataType.STRING,
+        ir.DataType.UNDEFINED,
+    ):
         raise ModelError(f"{value.name!r}: only tensors of numbers can be fed, got {value.type}")
     shape = None
     if value.shape is not None:
         shape = tuple(d if isinstance(d, int) else d.value for d in value.shape.dims)
     dtype = value.dtype or ir.DataType.FLOAT
     return ValueSpec(str(value.name), dtype.numpy(), shape, value.is_initializer())
-
-
-def _external_files(model: ir.Model, path: Path) -> list[Path]:
-    """Raises `ModelError` if a tensor reaches beyond its file."""
-    tensors = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
-    external = [t for t in tensors if isinstance(t, ir.ExternalTensor)]
-    for tensor in external:
-        start, length = tensor.offset or 0, tensor.length
-        end = start + tensor.nbytes
-        if (
-            start < 0
-            or length not in (None, tensor.nbytes)
-            or end > Path(tensor.path).stat().st_size
-        ):
-            raise ModelError(
-                f"{path}: tensor {tensor.name!r} takes {tensor.nbytes} bytes, which do not stand "
-                f"at offset {start} of {tensor.path}: is the file whole, and of this model?"
-            )
-    return [path.parent / location for location in sorted({str(t.location) for t in external})]
 
 
 def _digest(files: tuple[Path, ...]) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
 
 from calib.arrays import Batch, listed
 from calib.capture import Runtime, Session, Values
@@ -167,12 +168,15 @@ def observe(
         raise OptionError(
             f"padding-mask: the model has no input {how.padding_mask!r}, only {listed(inputs)}"
         )
+    maskable = _maskable(model, names, how.padding_mask)
     session = Session(model.ir, how.runtime, values=names, feedback=model.feedback)
     seen = how.resumed or Observations(model.sha256, 0, {name: Counter() for name in names})
     last_checkpoint = time.monotonic()
     for batch in batches:
         batch.check_finite(seen.n_samples)
-        seen = _add(seen, batch, session.run(batch.feed, batch.restart), how)
+        mask = _mask(batch, how.padding_mask, seen.n_samples)
+        values = session.run(batch.feed, batch.restart)
+        seen = _add(seen, batch, values, (how.keep_batches, mask, maskable))
         if how.checkpoint and time.monotonic() - last_checkpoint >= how.checkpoint_seconds:
             how.checkpoint(seen)
             last_checkpoint = time.monotonic()
@@ -181,15 +185,47 @@ def observe(
     return seen
 
 
-def _add(seen: Observations, batch: Batch, values: Values, how: Observing) -> Observations:
-    """``seen`` and one batch more; the counters are updated in place."""
-    mask = None if how.padding_mask is None else batch.feed[how.padding_mask] != 0
+def _mask(batch: Batch, name: str | None, first: int) -> NDArray[np.bool_] | None:
+    if name is None:
+        return None
+    if name not in batch.feed:
+        raise DataError(f"padding-mask: the batch from sample {first} holds no {name!r}")
+    return np.asarray(batch.feed[name] != 0)
+
+
+def _maskable(model: Model, names: Sequence[str], mask: str | None) -> set[str]:
+    """Values of which the first axes may be those of the mask: numbers where it has the same
+    numbers, free where it is free. Lengths alone could mistake heads for tokens."""
+    graph = model.ir.graph
+    values = {v.name: v.shape for node in graph for v in node.outputs}
+    values.update({v.name: v.shape for v in graph.inputs})
+    wanted = values.get(mask)
+    if wanted is None:
+        return set()
+    kinds = [d if isinstance(d, int) else None for d in wanted.dims]
+    found = ((name, shape) for name in names if (shape := values.get(name)) is not None)
+    return {
+        name
+        for name, shape in found
+        if [d if isinstance(d, int) else None for d in shape.dims[: len(kinds)]] == kinds
+    }
+
+
+def _add(
+    seen: Observations,
+    batch: Batch,
+    values: Values,
+    how: tuple[int, NDArray[np.bool_] | None, set[str]],
+) -> Observations:
+    """``seen`` and one batch more; the counters are updated in place. ``how``: batches to keep, the
+    mask of this one, and what it may fit."""
+    keep_batches, mask, maskable = how
     whole = set(seen.unmasked)
     kept = seen.batches
-    if len(kept) < how.keep_batches:
+    if len(kept) < keep_batches:
         kept = (*kept, {name: Counter() for name in seen.counters})
     for name, array in values.items():
-        fits = mask is not None and array.shape[: mask.ndim] == mask.shape
+        fits = mask is not None and name in maskable and array.shape[: mask.ndim] == mask.shape
         if mask is not None and not fits:
             whole.add(name)
         for counters in (seen.counters, *kept[len(seen.batches) :]):

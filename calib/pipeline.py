@@ -108,15 +108,16 @@ def calibrate_model(
         quantized = write_qdq(loaded, table)
     with _outputs(target, loaded, run) as (written, files):
         with _timed("save", seconds), writing(target):
-            quantized = quantized.write(written, run.external_data, free_data_name(target))
+            name = free_data_name(target, [run.summary, run.save_observations])
+            quantized = quantized.write(written, run.external_data, name)
         with _timed("verify", seconds):
             verify(loaded, quantized, written, split.first_batch(), run.runtime)
         with _timed("evaluate", seconds):
             comparison = split.compare(loaded, written)
         sizes = loaded.n_bytes, sum(file.stat().st_size for file in written.parent.iterdir())
         warnings = _warnings(table, comparison, data is None, saved is not None)
-        told = *loaded.notes, *quantized.notes, *split.notes, *comparison.notes
-        notes = (*told, *_padding_note(observations))
+        told = *loaded.notes, *quantized.notes, *split.all_notes, *comparison.notes
+        notes = (*told, *_observed_notes(observations, split))
         calibration = Calibration(
             target, table, comparison, split.held_out, sizes, seconds, warnings, notes
         )
@@ -143,10 +144,15 @@ def default_output(model: Model, rules: Rules) -> Path:
     return model.path.with_name(f"{model.path.stem}-w{widths.weights}a{widths.activations}.onnx")
 
 
-def _padding_note(observations: Observations) -> tuple[str, ...]:
-    names = observations.unmasked
-    text = f"{len(names)} activations do not begin with the axes of the padding mask and were "
-    return (f"{text}counted whole, the first {names[0]!r}",) if names else ()
+def _observed_notes(observations: Observations, split: Split) -> Iterator[str]:
+    n, wanted, names = observations.n_samples, split.n_calibration, observations.unmasked
+    if wanted is not None and n < wanted:
+        yield f"{wanted} samples were asked for, there are {n}"
+    if names:
+        yield (
+            f"{len(names)} activations do not begin with the axes of the padding mask and were "
+            f"counted whole, the first {names[0]!r}"
+        )
 
 
 def _save_beside(
@@ -165,7 +171,8 @@ def _save_beside(
 def _inputs(model: Model, data: object, run: Run) -> list[Path]:
     """The files that are read, the model first."""
     paths = [data if isinstance(data, str | Path) else None, run.observations, run.reading.labels]
-    return [*model.files, *(Path(path) for path in paths if path is not None)]
+    others = (Path(path) for path in paths if path is not None)
+    return [*model.files, *others, *run.runtime.custom_ops, *run.protected]
 
 
 def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> dict[str, Any]:

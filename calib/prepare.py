@@ -156,20 +156,28 @@ def remove_unused(model: ir.Model) -> None:
 
 
 def _fix_initializer_inputs(model: ir.Model) -> int:
-    """Where weights are graph inputs too, as exporters once wrote them, all initializers become
-    constants; returns how many did. Otherwise such inputs are defaults that a feed may override.
+    """Makes constants of initializers that are graph inputs too, as exporters once wrote all
+    weights, where layers read them or they are integers, as shapes are; returns how many. Other
+    such inputs are defaults that a feed may override.
     """
     defaults = [v for v in model.graph.inputs if v.is_initializer()]
-    read_by_layers = any(
+    if model.ir_version >= _IR_WITHOUT_INITIALIZER_INPUTS:
+        defaults = [v for v in defaults if _is_weight_or_integer(v)]
+    for value in defaults:
+        model.graph.inputs.remove(value)
+    if defaults:
+        model.ir_version = max(model.ir_version, _IR_WITHOUT_INITIALIZER_INPUTS)
+    return len(defaults)
+
+
+def _is_weight_or_integer(value: ir.Value) -> bool:
+    if value.dtype is None or not value.dtype.is_floating_point():
+        return True
+    return any(
         node.op_type in (*QUANTIZABLE_OPS, "BatchNormalization")
-        for value in defaults
+        or all(v is None or v.is_initializer() for v in node.inputs)
         for node in value.consumers()
     )
-    if not defaults or not (read_by_layers or model.ir_version < _IR_WITHOUT_INITIALIZER_INPUTS):
-        return 0
-    passes.RemoveInitializersFromInputsPass()(model)
-    model.ir_version = max(model.ir_version, _IR_WITHOUT_INITIALIZER_INPUTS)
-    return len(defaults)
 
 
 def _fold_constant_chains(model: ir.Model) -> None:

@@ -9,15 +9,20 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from calib.arrayfiles import ARRAY_SUFFIXES
 from calib.arrays import Batch
 from calib.capture import Runtime
 from calib.comparison import Comparison, evaluate
-from calib.data import Batches, Data, Reading
+from calib.data import Data, Reading
 from calib.errors import DataError, OptionError, OutputError
 from calib.graph import Model
+from calib.images import IMAGE_SUFFIXES
+from calib.iterables import Batches
 from calib.observations import Observations
 
 EXTERNAL_DATA = ("auto", "always", "never")
+
+_DATA_SUFFIXES = (*ARRAY_SUFFIXES, *IMAGE_SUFFIXES, ".pb")
 
 Advance = Callable[[int], None]
 Progress = Callable[[str, int | None], AbstractContextManager[Advance]]
@@ -44,6 +49,7 @@ class Run:
             hold there is not counted.
         summary: file to write `Calibration.summary` to, as JSON.
         checkpoint_seconds: how often observations that are to be saved are saved on the way.
+        protected: files that are read besides, as settings are; never overwritten.
         force: overwrite files that exist.
         progress: called with a stage and its number of samples; gives a function to advance it.
     """
@@ -58,6 +64,7 @@ class Run:
     feedback: Mapping[str, str] = field(default_factory=dict)
     padding_mask: str | None = None
     checkpoint_seconds: float = 30.0
+    protected: tuple[Path, ...] = ()
     force: bool = False
     progress: Progress = _silent
 
@@ -103,16 +110,23 @@ class Split:
                 f"more nor fewer; leave --samples out, or observe again"
             )
         available = source.n_samples
-        if wanted is None or available is None:
-            return cls(source, run, wanted, held_out=False, notes=source.notes)
-        n = min(wanted - wanted % source.multiple, available)
+        if wanted is None:
+            return cls(source, run, None, held_out=False, notes=source.notes)
+        n = wanted - wanted % source.multiple
+        n = n if available is None else min(n, available)
         if n == 0:
             raise DataError(
                 f"samples must be at least {source.multiple}, the model's fixed batch, got {wanted}"
             )
         note = f"{run.samples} samples were asked for, {n} are used"
         notes = (note,) if run.samples not in (None, n) else ()
-        return cls(source, run, n, n < available, (*source.notes, *notes))
+        held_out = available is not None and n < available
+        return cls(source, run, n, held_out, (*source.notes, *notes))
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """``notes``, and what only a pass over the data could tell."""
+        return tuple(dict.fromkeys((*self.notes, *self.source.notes)))
 
     def calibration(self, start: int = 0) -> Iterator[Batch]:
         """Batches to observe from sample ``start``; the first of all is kept for what needs just
@@ -166,8 +180,8 @@ class Split:
 
 
 def check_outputs(outputs: Sequence[Path | None], inputs: Sequence[Path], run: Run) -> None:
-    """Raises `OutputError` if an output exists and must not be overwritten, is an input, lies in
-    no directory, or is named twice."""
+    """Raises `OutputError` if an output exists and must not be overwritten, is an input or data in
+    a folder that is one, lies in no directory, or is named twice."""
     given = [path.resolve() for path in inputs]
     wanted = [path for path in outputs if path is not None]
     for path in wanted:
@@ -175,7 +189,10 @@ def check_outputs(outputs: Sequence[Path | None], inputs: Sequence[Path], run: R
             resolved, exists, is_dir = path.resolve(), path.exists(), path.is_dir()
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-        if resolved in given:
+        is_data = path.suffix.lower() in _DATA_SUFFIXES and any(
+            p in given for p in resolved.parents
+        )
+        if resolved in given or (is_data and exists):
             what = "the input model" if resolved == given[0] else "an input"
             raise OutputError(f"{path}: is {what}, which is never overwritten")
         if is_dir:

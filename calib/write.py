@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,13 @@ class Quantized:
         return replace(self, ir=ir.load(path))
 
 
-def free_data_name(path: Path) -> str:
+def free_data_name(path: Path, others: Sequence[Path | None] = ()) -> str:
     """A name for the external data of a model at ``path`` that no file beside it has, so that a
-    model that is being replaced keeps its own until the end."""
+    model that is being replaced keeps its own until the end; nor one of ``others``."""
+    taken = {other.absolute() for other in others if other is not None}
     names = (f"{path.name}{infix}.data" for infix in ("", *(f".{n}" for n in range(2, 1000))))
-    return next(name for name in names if not path.with_name(name).exists())
+    paths = (path.absolute().with_name(name) for name in names)
+    return next(p.name for p in paths if p not in taken and not p.exists())
 
 
 def external_files(path: Path) -> list[Path]:

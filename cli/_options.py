@@ -48,7 +48,8 @@ GROUPS: dict[str, list[click.Option]] = {
         _option(
             "--data",
             "Calibration data: an .npz with arrays named after the model's inputs, first axis = "
-            "samples, and optionally 'labels'; an .npy for a single input; a folder; or "
+            "samples, and optionally 'labels'; an .npy for a single input; a folder of images, of "
+            "such files, or of ONNX test data; or "
             "package.module:function, which gives batches. Without it: made-up inputs.",
         ),
         _file("--labels", "CSV file with the class of each image."),
@@ -107,8 +108,8 @@ GROUPS: dict[str, list[click.Option]] = {
         _file("--observations", "Read it back instead of observing."),
         _option(
             "--external-data",
-            "Weights in a file beside the model: auto (where it grows beyond 2 GB), always or "
-            "never.  [default: auto]",
+            "Weights in a file beside the model: auto (where the float model has them there, or "
+            "beyond 1 GB), always or never.  [default: auto]",
         ),
         _flag("force", "Overwrite files that exist."),
     ],

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from calib.comparison import Comparison
     from calib.graph import Skipped
     from calib.pipeline import Calibration
     from calib.targets import Plan
@@ -36,7 +37,7 @@ def show_calibration(result: Calibration, verbose: bool) -> None:
         ("quantized", _census(result)),
         ("kept float", _skipped_text(result.table.skipped)),
         ("size", f"{_kilobytes(before)} -> {_kilobytes(after)} ({after / before:.0%})"),
-        ("output SQNR", f"{comparison.output_sqnr_db:.1f} dB on {seen}"),
+        ("output SQNR", f"{_sqnr(comparison)} on {seen}"),
     ]
     if comparison.top1 is not None:
         top1 = comparison.top1
@@ -47,6 +48,10 @@ def show_calibration(result: Calibration, verbose: bool) -> None:
     rows.append(("seconds", stages))
     rows.extend(("note", note) for note in result.notes)
     console.print(_pairs(rows))
+
+
+def _sqnr(comparison: Comparison) -> str:
+    return f"{comparison.output_sqnr_db:.1f} dB" if comparison.sqnr_db else "none: no float output"
 
 
 def show_plan(plan: Plan) -> None:

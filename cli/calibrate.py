@@ -40,7 +40,7 @@ Examples:
 )
 @click.version_option(package_name="octav-calibrate", message="%(prog)s %(version)s")
 def command(config: Path | None, print_config: bool, **options: Any) -> None:
-    """Calibrate the float32 ONNX model MODEL and write it with QuantizeLinear/DequantizeLinear
+    """Calibrate the ONNX model MODEL and write it with QuantizeLinear/DequantizeLinear
     nodes and integer weights, verified in onnxruntime and compared with the float model.
 
     Options win over what the YAML file of --config says."""
@@ -58,7 +58,7 @@ def command(config: Path | None, print_config: bool, **options: Any) -> None:
         if job.dry_run:
             _dry_run(job, job.to_rules())
         else:
-            _calibrate(job, job.model)
+            _calibrate(job, job.model, config)
 
 
 def _read(config: Path | None, given: Mapping[str, object]) -> Config:
@@ -93,12 +93,14 @@ def _dry_run(job: Config, rules: Rules) -> None:
     show_plan(plan)
 
 
-def _calibrate(job: Config, model: Path) -> None:
+def _calibrate(job: Config, model: Path, config: Path | None) -> None:
     from calib.pipeline import calibrate_model
 
     from ._show import progress_bar, show_calibration, show_warnings
 
-    settings = job.to_run() if job.quiet else replace(job.to_run(), progress=progress_bar)
+    settings = replace(job.to_run(), protected=() if config is None else (config,))
+    if not job.quiet:
+        settings = replace(settings, progress=progress_bar)
     result = calibrate_model(model, job.data, job.to_rules(), job.output, settings)
     show_warnings(result.warnings)
     if not job.quiet and sys.stdout is not None:

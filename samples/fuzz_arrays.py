@@ -106,7 +106,7 @@ def _change_arrays(rng: Rng, arrays: dict[str, Array]) -> str:
         return f"value {value}"
     changed = (
         lambda: array.reshape(-1)[:0],
-        lambda: array[0] if array.ndim else array,
+        lambda: array[0] if array.ndim and len(array) else array,
         lambda: array[None],
         lambda: array[..., :-1] if array.ndim else array,
         lambda: np.asfortranarray(array),

@@ -332,7 +332,7 @@ def test_a_message_about_the_command_line_begins_with_the_option(
         Config().over(given)
 
 
-def test_a_contradiction_between_file_and_command_line_is_refused() -> None:
-    saving = Config.parse("save-observations: a.npz")
+def test_a_contradiction_within_the_command_line_is_refused() -> None:
+    both = {"observations": "b.npz", "save_observations": "a.npz"}
     with pytest.raises(OptionError, match=r"observations and .*save-observations contradict"):
-        saving.over({"observations": Path("b.npz")})
+        Config.parse("bits: 4").over(both)

@@ -11,9 +11,10 @@ from data_models import ONE, TWO, joined, model_taking, read, refusal
 from models import Array, values
 
 from calib.arrays import Batch
-from calib.data import Batches, Reading, open_data
+from calib.data import Reading, open_data
 from calib.errors import DataError, OptionError
 from calib.graph import Model
+from calib.iterables import Batches
 
 
 class Tensor:
@@ -149,10 +150,14 @@ def test_batches_of_an_iterable_are_cut_where_the_samples_asked_for_begin_and_en
     )
 
 
-def test_batches_whose_size_the_model_fixes_are_not_cut() -> None:
+def test_batches_whose_size_the_model_fixes_are_not_cut_and_belong_to_where_they_begin() -> None:
     fixed = model_taking(("x", "float32", (4, 6)))
-    data = open_data(fixed, [values(4, 6, seed=s) for s in range(3)])
-    assert [batch.n_samples for batch in data.batches(2, 6)] == [4, 4]
+    rows = [values(4, 6, seed=s) for s in range(3)]
+    data = open_data(fixed, rows)
+    assert data.multiple == 4
+    for start, stop, expected in ((0, 5, [0, 1]), (5, None, [2]), (4, 8, [1]), (2, 6, [1])):
+        found = [batch.feed["x"] for batch in data.batches(start, stop)]
+        assert np.array_equal(found, [rows[n] for n in expected]), (start, stop)
 
 
 @pytest.mark.parametrize("labels", [np.full(3, "cat"), np.zeros(3), np.zeros((3, 1), int)])
@@ -200,9 +205,9 @@ def test_more_samples_than_the_model_takes_at_a_time_are_fed_in_parts() -> None:
         assert np.concatenate([b.labels for b in found if b.labels is not None]).tolist() == [
             *range(6)
         ]
-    assert refusal(model_taking(("x", "float32", (4, 6))), [rows]) == (
-        "batch 0: 6 samples, the model takes 4 at a time"
-    )
+    data = open_data(model_taking(("x", "float32", (4, 6))), [rows])
+    assert [batch.n_samples for batch in data.batches()] == [4]
+    assert data.notes == ("2 samples fill no batch of 4: not used",)
 
 
 def test_single_numbers_are_fed_whole_where_batches_are_cut() -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,11 @@ def _become(argv: list[str], room: Path) -> None:
             os.dup2(opened, number)
         sys.argv = argv
         runpy.run_path(argv[0], run_name="__main__")
+        code = 0
     except SystemExit as end:
         code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
