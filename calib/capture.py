@@ -179,6 +179,8 @@ def _load(
             ) from error
         reason = _reason(error)
         hint = ": give the library that has it with --custom-ops" if _UNKNOWN_OP in reason else ""
+        if any(v.dtype is ir.DataType.BFLOAT16 for n in model.graph for v in n.outputs):
+            hint = ": it has no CPU kernels for bfloat16, which the model holds; use float16"
         raise ModelError(f"onnxruntime cannot load the model: {reason}{hint}") from error
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Observations:
         n_batches: how many batches were seen.
         unmasked: activations counted with their padding, as the mask did not fit them.
         identity: of the data and settings, so that only the same run is resumed.
+        padding_mask: the input that said what is padding and was not counted.
+        feedback: see `calib.graph.Model`.
     """
 
     model_sha256: str
@@ -47,6 +49,8 @@ class Observations:
     n_batches: int = 0
     unmasked: tuple[str, ...] = ()
     identity: str = ""
+    padding_mask: str | None = None
+    feedback: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Writes an ``.npz``, whole or not at all.
@@ -69,6 +73,8 @@ class Observations:
             "n_batches": self.n_batches,
             "unmasked": self.unmasked,
             "identity": self.identity,
+            "padding_mask": self.padding_mask,
+            "feedback": dict(self.feedback),
         }
         arrays: dict[str, Any] = {_MANIFEST: np.frombuffer(json.dumps(manifest).encode(), np.uint8)}
         for group, counters in enumerate(groups):
@@ -93,23 +99,7 @@ class Observations:
         path = Path(path)
         try:
             with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as arrays:
-                manifest = json.loads(arrays[_MANIFEST].tobytes())
-                if manifest["schema"] != _SCHEMA:
-                    raise ObservationsError(
-                        f"{path}: written with schema {manifest['schema']}, this version reads "
-                        f"{_SCHEMA}: observe again"
-                    )
-                groups = [
-                    {
-                        name: _restore(arrays, f"{group}.{position}")
-                        for position, name in enumerate(manifest["names"])
-                    }
-                    for group in range(1 + manifest["batches"])
-                ]
-                digest = str(manifest["model_sha256"])
-                n_samples, n_batches = int(manifest["n_samples"]), int(manifest["n_batches"])
-                unmasked = tuple(map(str, manifest.get("unmasked", ())))
-                identity = str(manifest.get("identity", ""))
+                seen = _read(arrays, path)
         except FileNotFoundError:
             raise ObservationsError(f"{path}: no such file") from None
         except (ObservationsError, MemoryError):
@@ -118,13 +108,53 @@ class Observations:
             raise ObservationsError(
                 f"{path}: not a file that --save-observations wrote: {one_line(error)}"
             ) from error
-        if digest != model.sha256:
+        if seen.model_sha256 != model.sha256:
             raise ObservationsError(
-                f"{path}: observed on another model (sha256 {digest[:12]}...) "
+                f"{path}: observed on another model (sha256 {seen.model_sha256[:12]}...) "
                 f"than {model.path} ({model.sha256[:12]}...): observe again"
             )
-        batches = tuple(groups[1:])
-        return cls(model.sha256, n_samples, groups[0], batches, n_batches, unmasked, identity)
+        if seen.feedback != dict(model.feedback):
+            raise ObservationsError(
+                f"{path}: observed with feed-back {seen.feedback}, now it is "
+                f"{dict(model.feedback)}: observe again"
+            )
+        return seen
+
+
+def _read(arrays: NpzFile, path: Path) -> Observations:
+    manifest = json.loads(arrays[_MANIFEST].tobytes())
+    if manifest["schema"] != _SCHEMA:
+        raise ObservationsError(
+            f"{path}: written with schema {manifest['schema']}, this version reads {_SCHEMA}: "
+            f"observe again"
+        )
+    groups = [
+        {
+            name: _restore(arrays, f"{group}.{position}")
+            for position, name in enumerate(manifest["names"])
+        }
+        for group in range(1 + manifest["batches"])
+    ]
+    return Observations(
+        model_sha256=str(manifest["model_sha256"]),
+        n_samples=int(manifest["n_samples"]),
+        counters=groups[0],
+        batches=tuple(groups[1:]),
+        n_batches=int(manifest["n_batches"]),
+        unmasked=tuple(map(str, manifest.get("unmasked", ()))),
+        identity=str(manifest.get("identity", "")),
+        padding_mask=manifest.get("padding_mask"),
+        feedback=dict(manifest.get("feedback", {})),
+    )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the file at ``path`` holds observations, of whatever model."""
+    try:
+        with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as arrays:
+            return _MANIFEST in arrays.files
+    except Exception:  # no npz, or damaged
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +200,13 @@ def observe(
         )
     maskable = _maskable(model, names, how.padding_mask)
     session = Session(model.ir, how.runtime, values=names, feedback=model.feedback)
-    seen = how.resumed or Observations(model.sha256, 0, {name: Counter() for name in names})
+    seen = how.resumed or Observations(
+        model.sha256,
+        0,
+        {name: Counter() for name in names},
+        padding_mask=how.padding_mask,
+        feedback=model.feedback,
+    )
     last_checkpoint = time.monotonic()
     for batch in batches:
         batch.check_finite(seen.n_samples)

@@ -20,7 +20,7 @@ from calib.data import open_data
 from calib.files import uninterrupted, whole_file, writing
 from calib.graph import Model, load_model
 from calib.observations import Observations
-from calib.resuming import checkpoint_path, observe_split
+from calib.resuming import check_checkpoint, checkpoint_path, observe_split, saved_observations
 from calib.run import Run, Split, check_outputs
 from calib.table import CalibrationTable, dumps
 from calib.targets import Rules, make_plan
@@ -96,8 +96,8 @@ def calibrate_model(
         loaded = load_model(model, run.feedback)
         plan = make_plan(loaded, rules)
         target = Path(output) if output else default_output(loaded, rules)
-        check_outputs([target, run.save_observations, run.summary], _inputs(loaded, data, run), run)
-        saved = Observations.load(run.observations, loaded) if run.observations else None
+        _check_files(target, loaded, data, run)
+        saved = saved_observations(loaded, run)
         split = Split.of(open_data(loaded, data, run.reading), run, saved)
     with _timed("observe", seconds):
         observations = saved or observe_split(loaded, split, plan, rules)
@@ -129,7 +129,7 @@ def calibrate_model(
 def _outputs(target: Path, model: Model, run: Run) -> Iterator[tuple[Path, ExitStack]]:
     """Where to write the model, and a stack for other files: all appear together, and what only an
     older ``target`` or a run that was cut off needed goes."""
-    outdated = set(external_files(target)) - {file.absolute() for file in model.files}
+    outdated = set(external_files(target)) - {file.resolve() for file in model.files}
     with ExitStack() as files:
         yield files.enter_context(whole_file(target, outdated)), files
         with uninterrupted():
@@ -168,11 +168,13 @@ def _save_beside(
             files.enter_context(whole_file(run.summary)).write_text(text, "utf-8")
 
 
-def _inputs(model: Model, data: object, run: Run) -> list[Path]:
-    """The files that are read, the model first."""
+def _check_files(target: Path, model: Model, data: object, run: Run) -> None:
+    """Raises `OutputError` if a file cannot be written, or must not be overwritten."""
     paths = [data if isinstance(data, str | Path) else None, run.observations, run.reading.labels]
     others = (Path(path) for path in paths if path is not None)
-    return [*model.files, *others, *run.runtime.custom_ops, *run.protected]
+    inputs = [*model.files, *others, *run.runtime.custom_ops, *run.protected]
+    check_outputs([target, run.save_observations, run.summary], inputs, run)
+    check_checkpoint(run)
 
 
 def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> dict[str, Any]:

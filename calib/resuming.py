@@ -6,10 +6,10 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from calib.errors import ObservationsError
+from calib.errors import ObservationsError, OutputError
 from calib.graph import Model, quantizable_uses
-from calib.observations import Observations, Observing, observe
-from calib.run import Split
+from calib.observations import Observations, Observing, is_checkpoint, observe
+from calib.run import Run, Split
 from calib.targets import Plan, Rules
 
 
@@ -38,6 +38,35 @@ def observe_split(model: Model, split: Split, plan: Plan, rules: Rules) -> Obser
     )
     observed = observe(model, split.calibration(resumed.n_samples if resumed else 0), names, how)
     return replace(observed, identity="")
+
+
+def saved_observations(model: Model, run: Run) -> Observations | None:
+    """What ``run`` says to read instead of observing.
+
+    Raises:
+        ObservationsError: as `Observations.load`, or if another padding mask was used.
+    """
+    if run.observations is None:
+        return None
+    saved = Observations.load(run.observations, model)
+    if run.padding_mask not in (None, saved.padding_mask):
+        raise ObservationsError(
+            f"{run.observations}: observed with padding-mask {saved.padding_mask}, not "
+            f"{run.padding_mask}: observe again"
+        )
+    return saved
+
+
+def check_checkpoint(run: Run) -> None:
+    """Raises `OutputError` if something else stands where observations would be saved on the way,
+    and must not be overwritten."""
+    if run.save_observations is None or run.force:
+        return
+    path = checkpoint_path(run.save_observations)
+    if path.exists() and not is_checkpoint(path):
+        raise OutputError(
+            f"{path}: exists and is no checkpoint; remove it, or overwrite it with --force"
+        )
 
 
 def checkpoint_path(path: Path) -> Path:

@@ -13,10 +13,11 @@ from calib.prepare import QUANTIZABLE_OPS, is_constant
 from calib.qtypes import Storage
 from calib.table import CalibrationTable, TensorRecord
 
-_MOVEMENTS = (
+_PASSED = (
     *("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Expand"),
     *("Slice", "Split", "Gather", "Tile", "MaxPool", "Resize", "DepthToSpace", "SpaceToDepth"),
 )
+_LAST_OPSET_OF_OLD_RESIZE = 10
 _FLOAT16_OPSET = 19  # the first whose QuantizeLinear and DequantizeLinear take float16
 
 
@@ -91,7 +92,7 @@ def guarded(model: ir.Model) -> set[str]:
     outputs = set(model.graph.outputs)
     reached: set[ir.Value] = set()
     for node in model.graph:
-        if node.op_type in _MOVEMENTS:
+        if node.op_type in _PASSED:
             source = node.inputs[0]
             for value in node.outputs:
                 if source in outputs or source in reached or value in outputs:
@@ -130,9 +131,21 @@ def raise_opset(
             f"opset {before} cannot be raised to {needed}, which {names} needs: export the model "
             f"with opset {needed}, or use widths of 5 to 8 bits (opset 13)"
         )
+    if before <= _LAST_OPSET_OF_OLD_RESIZE:
+        _keep_resizing(model)
     for place, value in _read_by_layers(model, table).items():  # new nodes come with new names
         value.name = read[place].name
     return (f"opset raised from {before} to {needed} for {names}",)
+
+
+def _keep_resizing(model: ir.Model) -> None:
+    """What Upsample and Resize meant up to opset 10; the converter leaves the newer default."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "Resize" and node.domain == "":
+            mode = ir.AttrString("coordinate_transformation_mode", "asymmetric")
+            node.attributes.update({mode.name: mode})
+            nearest = ir.AttrString("nearest_mode", "floor")
+            node.attributes.update({nearest.name: nearest})
 
 
 def _read_by_layers(model: ir.Model, table: CalibrationTable) -> dict[tuple[str, int], ir.Value]:

@@ -220,8 +220,13 @@ def _check_unpaired(check: _Check, expected: Values) -> None:
             raise VerificationError(
                 f"apart from its QDQ pairs the written model does not compute what the original "
                 f"does: SQNR {found:.1f} dB in output {name!r}, at least {needed:.0f} "
-                f"needed; please report the model"
+                f"needed{_raised(check.quantized)}; please report the model"
             )
+
+
+def _raised(quantized: Quantized) -> str:
+    raised = next((note for note in quantized.notes if note.startswith("opset raised")), None)
+    return f" ({raised}: export the model with that opset)" if raised else ""
 
 
 def _check_levels(

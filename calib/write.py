@@ -109,7 +109,7 @@ def external_files(path: Path) -> list[Path]:
     locations = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
     ours = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
     found = (name for name in sorted(locations) if ours.fullmatch(name))
-    return [path.absolute().with_name(name) for name in found]
+    return [path.with_name(name).resolve() for name in found]
 
 
 def write_qdq(model: Model, table: CalibrationTable) -> Quantized:

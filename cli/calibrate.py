@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ def command(config: Path | None, print_config: bool, **options: Any) -> None:
     if job.model is None:
         raise click.UsageError(f"Missing argument 'MODEL', and {config} names no 'model'")
     set_verbosity(job.verbose)
-    with _named(config):
+    with _named(config, given):
         if job.dry_run:
             _dry_run(job, job.to_rules())
         else:
@@ -70,14 +71,23 @@ def _read(config: Path | None, given: Mapping[str, object]) -> Config:
 
 
 @contextmanager
-def _named(config: Path | None) -> Iterator[None]:
-    """Rules stand in the file alone: what is wrong with them names it."""
+def _named(config: Path | None, given: Mapping[str, object]) -> Iterator[None]:
+    """An error that begins with a setting of the file, and not of the command line, names the
+    file."""
     try:
         yield
     except OptionError as error:
-        if not str(error).startswith("rules["):
+        setting = re.match(r"-*([a-z-]+)", str(error))
+        name = setting.group(1).replace("-", "_") if setting else ""
+        if config is None or name in given or not _is_set(config, name):
             raise
-        raise OptionError(f"{config}: {error}") from error
+        raise OptionError(f"{config}: {str(error).lstrip('-')}") from error
+
+
+def _is_set(config: Path, name: str) -> bool:
+    from calib.config import Config
+
+    return getattr(Config.read(config), name, None) != getattr(Config(), name, None)
 
 
 def _dry_run(job: Config, rules: Rules) -> None:

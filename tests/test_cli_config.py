@@ -275,7 +275,7 @@ def test_print_config_refuses_what_a_run_would(capsys: Capsys) -> None:
             "rules: [{match: zebra}]",
             "octav.yaml: rules[0].match: 'zebra' matches no node and no tensor; --dry-run lists",
         ),
-        ("exclude: zebra", "--exclude 'zebra' matches no node and no tensor"),
+        ("exclude: zebra", "octav.yaml: exclude 'zebra' matches no node and no tensor"),
     ],
 )
 def test_what_is_wrong_with_the_file_is_told_with_its_name_and_place(

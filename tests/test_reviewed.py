@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from calib import Config, Rules, Run, calibrate_model, load_model, make_plan, observe, open_data
 from calib.arrays import Batch
-from calib.errors import DataError, ModelError, OptionError, OutputError
+from calib.errors import DataError, ModelError, ObservationsError, OptionError, OutputError
 from calib.observations import Observing
 from cli.calibrate import main
 
@@ -249,3 +249,89 @@ def test_labels_that_are_no_class_of_the_model_are_refused(save: Save) -> None:
     feed = {"x": values(8, 6), "labels": np.array([0, 1, 2, 0, 3, 1, 2, 0])}
     with pytest.raises(DataError, match=r"label 3: the model's 'y' has 3 classes, 0 to 2"):
         calibrate_model(save(parsed(LAYER)), [feed])
+
+
+def test_observations_with_another_mask_or_feedback_are_refused(save: Save, tmp_path: Path) -> None:
+    path = save(parsed("(float[N,6] x, int64[N] mask, float[N,6] s) => (float[N,3] y, float[N,6] t)"
+                       "<float[6,3] w> { y = MatMul(x, w)\n t = Add(x, s) }"))  # fmt: skip
+    feed = {"x": values(8, 6), "mask": np.arange(8) % 2, "s": values(8, 6)}
+    seen = tmp_path / "seen.npz"
+    settings = {"force": True, "observations": seen}
+    calibrate_model(path, [feed], run=Run(save_observations=seen, padding_mask="mask"))
+    assert calibrate_model(path, [feed], run=Run(**settings)).table.records[0].count == 24  # type: ignore[arg-type]
+    calibrate_model(path, [feed], run=Run(padding_mask="mask", **settings))  # type: ignore[arg-type]
+    with pytest.raises(ObservationsError, match="observed with padding-mask mask, not s: observe"):
+        calibrate_model(path, [feed], run=Run(padding_mask="s", **settings))  # type: ignore[arg-type]
+    with pytest.raises(
+        ObservationsError, match=r"observed with feed-back {}, now it is {'s': 't'}"
+    ):
+        calibrate_model(path, [feed], run=Run(feedback={"s": "t"}, **settings))  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_no_checkpoint_is_not_overwritten(save: Save, tmp_path: Path) -> None:
+    path, precious = save(parsed(LAYER)), tmp_path / "seen.npz.partial"
+    precious.write_text("precious")
+    with pytest.raises(OutputError, match=r"seen\.npz\.partial: exists and is no checkpoint"):
+        calibrate_model(
+            path, [{"x": values(8, 6)}], run=Run(save_observations=tmp_path / "seen.npz")
+        )
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("only: nosuch", "o.yaml: only 'nosuch' matches no node and no tensor"),
+        ("feed-back: {nosuch: y}", "o.yaml: feed-back: 'nosuch' is no input of the model"),
+        ("padding-mask: nosuch", "o.yaml: padding-mask: the model has no input 'nosuch'"),
+        ("rules: [{match: nosuch}]", "o.yaml: rules[0].match: 'nosuch' matches no node"),
+    ],
+)
+def test_settings_of_a_file_that_do_not_fit_the_model_name_the_file(
+    line: str, message: str, save: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(parsed(LAYER))
+    config = path.with_name("o.yaml")
+    config.write_text(f"model: {path.name}\n{line}\n")
+    assert main(["--config", str(config)]) == 2
+    assert f"{path.parent}/{message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+@pytest.mark.parametrize("scale", [2.0, 1.6])
+@pytest.mark.parametrize(("op", "opset"), [("Upsample", 9), ("Resize", 10)])
+def test_resizing_of_old_opsets_stays_what_it_was(
+    op: str, opset: int, scale: float, mode: str, save: Save
+) -> None:
+    scales = {"scales": np.array([1, 1, scale, scale], np.float32)}
+    model = parsed(f"""(float[1,3,5,5] x) => (float[1,2,a,b] y) <float[2,3,1,1] kernel> {{
+      conv = Conv(x, kernel)
+      y = {op}<mode="{mode}">(conv, scales) }}""", scales, opset=opset)  # fmt: skip
+    path = save(model)
+    feed = {"x": values(1, 3, 5, 5)}
+    output = calibrate_model(path, [feed], all_bits(16)).output
+    assert np.allclose(run(output, feed)["y"], run(path, feed)["y"], atol=1e-3)
+
+
+def test_the_data_of_an_input_that_is_named_through_a_link_is_never_removed(tmp_path: Path) -> None:
+    model = parsed("(float[N,32] x) => (float[N,32] y) <float[32,32] w> { y = MatMul(x, w) }")
+    folder = tmp_path / "real"
+    folder.mkdir()
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="out.onnx.data")
+    (folder / "out.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    (tmp_path / "link").symlink_to(folder)
+    before = (folder / "out.onnx.data").read_bytes()
+    calibrate_model(tmp_path / "link" / "model.onnx", [{"x": values(8, 32)}],
+                    output=folder / "out.onnx", run=Run(force=True))  # fmt: skip
+    assert (folder / "out.onnx.data").read_bytes() == before
+
+
+def test_a_model_that_is_bfloat16_in_part_is_refused_with_the_reason(save: Save) -> None:
+    model = parsed("""(float[N,6] x) => (float[N,3] y) <float[6,6] w1, float[6,3] w2> {
+      h = MatMul(x, w1)
+      b = Cast<to=16>(h)
+      t = Sigmoid(b)
+      f = Cast<to=1>(t)
+      y = MatMul(f, w2) }""")  # fmt: skip
+    with pytest.raises(ModelError, match="it has no CPU kernels for bfloat16, which the model"):
+        calibrate_model(save(model), [{"x": values(8, 6)}])
