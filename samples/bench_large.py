@@ -1,6 +1,6 @@
 """Peak memory of calibrating a large model with external data.
 
-    python samples/bench_large.py [--gb 3] [--bits 8] [--margin 1.5] [--folder DIR]
+    python samples/bench_large.py [--gb 3] [--bits 8] [--method octav] [--margin 1.5] [--folder DIR]
 
 Makes a chain of MatMuls whose weights all differ, in all --gb gigabytes (10^9 bytes), calibrates it
 on 64 made-up samples in a process of its own, and prints the peak of its resident memory, files
@@ -57,7 +57,7 @@ def make_model(folder: Path, n_layers: int) -> Path:
     return path
 
 
-def calibrate(model: Path, bits: int) -> tuple[int, float]:
+def calibrate(model: Path, bits: int, method: str) -> tuple[int, float]:
     """Peak memory in bytes, and seconds; the calibration itself is a process of its own."""
     data = model.with_name("x.npy")
     values = np.random.default_rng(1).standard_normal((N_SAMPLES, WIDTH))
@@ -65,7 +65,7 @@ def calibrate(model: Path, bits: int) -> tuple[int, float]:
     script = shutil.which("octav-calibrate", path=str(Path(sys.executable).parent))
     if script is None:
         raise SystemExit("octav-calibrate is not installed beside this Python: pip install .")
-    options = ["--bits", str(bits), "--batch-size", "16", "--quiet", "--force"]
+    options = ["--bits", str(bits), "--method", method, "--batch-size", "16", "--quiet", "--force"]
     command = [script, str(model), "--data", str(data), *options]
     start = time.perf_counter()
     process = subprocess.Popen(command)  # noqa: S603 - our own script
@@ -79,6 +79,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Peak memory of calibrating a large model.")
     parser.add_argument("--gb", type=float, default=3.0, help="size of the model's weights")
     parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--method", default="octav")
     parser.add_argument("--margin", type=float, default=1.5, help="GB allowed above that size")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     arguments = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         model = make_model(Path(folder), n_layers)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        peak, seconds = calibrate(model, arguments.bits)
+        peak, seconds = calibrate(model, arguments.bits, arguments.method)
         written = sorted(Path(folder).glob("model-w*"))
         names = ", ".join(f"{file.name} {file.stat().st_size / 1e6:,.1f} MB" for file in written)
     print(f"model      {size / 1e9:.2f} GB, {n_layers} weights that all differ")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "samples" / "fuzz_graphs.py"
-N_GRAPHS = 60
+N_GRAPHS = 40
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
