@@ -319,7 +319,9 @@ def _value_spec(value: ir.Value) -> ValueSpec:
         raise ModelError(f"{value.name!r}: only tensors of numbers can be fed, got {value.type}")
     shape = None
     if value.shape is not None:
-        shape = tuple(d if isinstance(d, int) else d.value for d in value.shape.dims)
+        dims = (d if isinstance(d, int) else d.value for d in value.shape.dims)
+        # Some exporters write -1 for an axis that is free.
+        shape = tuple(None if isinstance(d, int) and d < 0 else d for d in dims)
     dtype = value.dtype or ir.DataType.FLOAT
     return ValueSpec(str(value.name), dtype.numpy(), shape, value.is_initializer())
 

@@ -11,7 +11,7 @@ from conftest import Save, all_bits
 from models import Feed, feed_for, if_subgraph, parsed, run, values
 from onnx import helper
 
-from calib import calibrate_model, load_model, observe
+from calib import calibrate_model, load_model, observe, open_data
 from calib.arrays import Batch
 from calib.comparison import Difference
 from calib.errors import ModelError, ObservationsError
@@ -140,6 +140,15 @@ def test_an_input_without_a_type_is_refused(save: Save) -> None:
     path = save(model)
     with pytest.raises(ModelError):
         calibrate_model(path, [{"x": values(8, 6)}])
+
+
+def test_an_axis_of_length_minus_one_is_free(save: Save) -> None:
+    model = parsed("(float[N,6] x) => (float[N,3] y) <float[6,3] w> { y = MatMul(x, w) }")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    loaded = load_model(save(model))
+    assert loaded.inputs[0].shape == (None, 6)
+    (batch, *_) = open_data(loaded, None).batches()
+    assert batch.feed["x"].shape == (32, 6)
 
 
 @pytest.mark.parametrize(
