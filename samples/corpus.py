@@ -37,8 +37,8 @@ LEAST_DB = 60.0
 NOTHING = "nothing to quantize"
 RULES = Rules(widths=Widths(16, 16, 16))
 STATUSES = ("quantized", "refused", "excepted", "crashed")
-# Of the larger kinds every n-th case, so that all of --fast takes less than 40 s.
-FAST = {"simple": 6, "pytorch-converted": 2, "pytorch-operator": 4, "node": 4}
+# Of the larger kinds every n-th case, so that all of --fast takes less than 30 s.
+FAST = {"simple": 8, "pytorch-converted": 2, "pytorch-operator": 4, "node": 8}
 FAST_LIGHT = ("light_squeezenet",)
 
 
@@ -178,7 +178,7 @@ def report(outcomes: Sequence[Outcome]) -> None:
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="regular expression found in the cases' names")
-    parser.add_argument("--fast", action="store_true", help="a subset that takes less than 40 s")
+    parser.add_argument("--fast", action="store_true", help="a subset that takes less than 30 s")
     parser.add_argument("--json", type=Path, help="write all outcomes to this file")
     parser.add_argument("--seconds", type=float, default=900, help="limit of one model (900)")
     parser.add_argument("--verbose", action="store_true", help="print a line for each model")

@@ -24,7 +24,7 @@ from cli_models import (
     succeed,
 )
 
-STAGES = {"load", "observe", "calibrate", "write", "verify", "evaluate"}
+STAGES = {"load", "observe", "calibrate", "write", "save", "verify", "evaluate"}
 SUFFIXES = {"float": "", "quantized": "-w4a4"}
 JOB = ("digits.onnx", "--data", "digits.npz", "--bits", 4, "--method", "octav", "--samples", 256)
 

@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits and forks of POSIX")
 
 SCRIPT = Path(__file__).resolve().parents[1] / "samples" / "fuzz_bytes.py"
-N_MUTANTS = 120
+N_MUTANTS = 200
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

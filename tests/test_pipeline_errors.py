@@ -35,7 +35,7 @@ Contents = dict[str, bytes | None]
 def folder(save: Save, tmp_path: Path) -> Path:
     """A model, data for it, and files that must not be overwritten."""
     save(MODELS["conv_bn_relu"]())
-    np.savez(tmp_path / "data.npz", image=values(12, 3, 6, 6), labels=np.arange(12))
+    np.savez(tmp_path / "data.npz", image=values(12, 3, 6, 6), labels=np.arange(12) % 5)
     broken = values(12, 3, 6, 6)
     broken[5, 1, 2, 3] = np.nan
     np.savez(tmp_path / "nan.npz", image=broken)
