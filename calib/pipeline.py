@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from calib.verification import verify
 from calib.write import external_files, free_data_name, write_qdq
 
 _LOW_SQNR_DB = 10.0
+_LARGE_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,36 +91,36 @@ def calibrate_model(
     Raises:
         CalibError: one of its kinds, in one line; nothing is written then.
     """
-    rules, run = rules or Rules(), run or Run()
-    seconds: dict[str, float] = {}
-    with _timed("load", seconds):
+    rules, run, stage = rules or Rules(), run or Run(), _Stages()
+    with stage("load"):
         loaded = load_model(model, run.feedback)
+        stage.large = loaded.n_bytes > _LARGE_BYTES
         plan = make_plan(loaded, rules)
         target = Path(output) if output else default_output(loaded, rules)
         _check_files(target, loaded, data, run)
         saved = saved_observations(loaded, run)
         split = Split.of(open_data(loaded, data, run.reading), run, saved)
-    with _timed("observe", seconds):
+    with stage("observe"):
         observations = saved or observe_split(loaded, split, plan, rules)
-    with _timed("calibrate", seconds):
+    with stage("calibrate"):
         table = calibrate(loaded, observations, plan, rules)
         table = table.with_manifest(_manifest(table, rules, run, data))
-    with _timed("write", seconds):
+    with stage("write"):
         quantized = write_qdq(loaded, table)
     with _outputs(target, loaded, run) as (written, files):
-        with _timed("save", seconds), writing(target):
+        with stage("save"), writing(target):
             name = free_data_name(target, [run.summary, run.save_observations])
             quantized = quantized.write(written, run.external_data, name)
-        with _timed("verify", seconds):
+        with stage("verify"):
             verify(loaded, quantized, written, split.first_batch(), run.runtime)
-        with _timed("evaluate", seconds):
+        with stage("evaluate"):
             comparison = split.compare(loaded, written)
         sizes = loaded.n_bytes, sum(file.stat().st_size for file in written.parent.iterdir())
         warnings = _warnings(table, comparison, data is None, saved is not None)
         told = *loaded.notes, *quantized.notes, *split.all_notes, *comparison.notes
         notes = (*told, *_observed_notes(observations, split))
         calibration = Calibration(
-            target, table, comparison, split.held_out, sizes, seconds, warnings, notes
+            target, table, comparison, split.held_out, sizes, stage.seconds, warnings, notes
         )
         _save_beside(calibration, observations, run, files)
     return calibration
@@ -228,12 +229,21 @@ def _warnings(
     return tuple(warnings)
 
 
-@contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    gc.collect()  # graphs are cyclic, and the weights of a large model hang on each copy
-    seconds[stage] = time.perf_counter() - start
+@dataclass(slots=True)
+class _Stages:
+    """Seconds by stage. Between those of a large model, memory is given back at once: graphs are
+    cyclic, and its weights hang on each copy."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    large: bool = False
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.large:
+            gc.collect()
+        self.seconds[name] = time.perf_counter() - start
 
 
 def _finite(value: float) -> float | None:
