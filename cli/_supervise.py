@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 CRASHED = 2
+_PASSED_ON = {signal.SIGINT, signal.SIGTERM}
 _PATIENCE_S = 2
 
 
@@ -27,12 +28,12 @@ def supervised(work: Callable[[], int], name: str) -> int:
     if not hasattr(os, "fork"):
         return work()
     alive, life = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until both know what to do with them
     pid = os.fork()
     if pid == 0:
         os.close(life)
         threading.Thread(target=_end_with_supervisor, args=(alive,), daemon=True).start()
-        signal.signal(signal.SIGTERM, _terminate)
-        os._exit(_worker(work))
+        os._exit(_worker(work, name))
     os.close(alive)
     code = _wait(pid)
     if code >= 0:
@@ -62,18 +63,25 @@ def _wait(pid: int) -> int:
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     _, status = os.waitpid(pid, 0)
     signal.alarm(0)
     return os.waitstatus_to_exitcode(status)
 
 
-def _worker(work: Callable[[], int]) -> int:
+def _worker(work: Callable[[], int], name: str) -> int:
     code = 1
     try:
+        signal.signal(signal.SIGTERM, _terminate)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         code = work()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
+    except (KeyboardInterrupt, Terminated) as error:  # before the command could deal with it
+        interrupted = isinstance(error, KeyboardInterrupt)
+        print(f"{name}: {'interrupted' if interrupted else 'terminated'}", file=sys.stderr)
+        code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
     except BaseException:  # a bug: shown as Python would
         traceback.print_exc()
     return code
@@ -84,5 +92,8 @@ def _end_with_supervisor(alive: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    signal.signal(
+        number, signal.SIG_IGN
+    )  # a group's signal comes twice: the supervisor passes it on
     raise Terminated
