@@ -23,7 +23,7 @@ _PREFIX = ".octav-calibrate-"
 _NEW_PREFIX = ".new-octav-calibrate-"
 _LOCK = ".lock"
 _JOURNAL = ".journal"
-_HOUR_S = 3600
+_MAKING_S = 1  # a folder gets its lock within microseconds
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def _remove_leftovers(parent: Path) -> None:
             shutil.rmtree(lock.parent, ignore_errors=True)
     for folder in parent.glob(f"{_NEW_PREFIX}*"):
         with suppress(OSError):
-            if time.time() - folder.stat().st_mtime > _HOUR_S:
+            if time.time() - folder.stat().st_mtime > _MAKING_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
