@@ -128,6 +128,9 @@ def _remove_leftovers(parent: Path) -> None:
             with suppress(OSError, ValueError, KeyError):
                 _undo(lock.parent)
             shutil.rmtree(lock.parent, ignore_errors=True)
+    for folder in parent.glob(f"{_PREFIX}*"):  # it loses its lock only when it is being removed
+        if not (folder / _LOCK).exists():
+            shutil.rmtree(folder, ignore_errors=True)
     for folder in parent.glob(f"{_NEW_PREFIX}*"):
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > _MAKING_S:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import onnxruntime as ort  # type: ignore[import-untyped,unused-ignore]
 import pytest
 from cli_models import DIGITS, contents, copy_digits, normal, run_script, save_two_layers, script
 from numpy.typing import NDArray
-from warm_script import Warm, children, send, wait_until
+from warm_script import Warm, children, ended, send, wait_until
 
 from calib.graph import load_model
 from calib.observations import Observations
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits o
 N_KILLS = 100
 N_COLD_KILLS = 6
 N_SIGNALS = 8
+MAKING_S = 1.1  # a folder that was being made when its process died is left alone for a second
 INPUTS = ("digits.onnx", "digits.npz")
 QUICK = ("digits.onnx", "--data", "digits.npz", "--samples", 16, "--threads", 1, "--quiet")
 TO = ("--output", "out.onnx")
@@ -145,7 +147,7 @@ def test_a_run_killed_at_any_moment_leaves_every_file_as_it_was_or_complete(
         send(os.killpg, warm.pid, signal.SIGKILL)
         warm.wait()
         assert_whole(room)
-    time.sleep(1.1)  # a folder that was being made when its process died is left alone for a second
+    time.sleep(MAKING_S)
     assert warm.run(script(), *QUICK, *TO, *FORMS[-1], "--force") == (0, "")
     assert_whole(room)
     data = [path.name for path in room.iterdir() if path.name.endswith(".data")]
@@ -172,8 +174,10 @@ def test_the_same_holds_while_the_script_still_imports(room: Path) -> None:
         with subprocess.Popen(command, start_new_session=True) as process:
             time.sleep(rng.uniform(0.1, duration))
             send(os.killpg, process.pid, signal.SIGKILL)
+            wait_until(partial(ended, process.pid))  # till then it holds its lock
         assert_whole(room)
         assert (room / "out.onnx").exists()
+    time.sleep(MAKING_S)
     assert run_script(*QUICK, *TO, "--force").code == 0
     assert_tidy(room, "out.onnx")
 

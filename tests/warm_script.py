@@ -81,6 +81,18 @@ def children(pid: int) -> list[int]:
     return [child for child, parent in pairs if parent == pid]
 
 
+def ended(group: int) -> bool:
+    """Whether no process of the group is left, but for zombies."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pgid=,stat="],  # noqa: S607 - wherever it is
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pairs = (line.split() for line in listed.stdout.splitlines())
+    return all(int(number) != group or state[0] == "Z" for number, state in pairs)
+
+
 def send(target: Callable[[int, int], None], pid: int, number: signal.Signals) -> None:
     """``os.kill`` or ``os.killpg``; the run may be done already."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
