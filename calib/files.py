@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from calib.errors import OutputError, one_line
 
@@ -57,22 +58,29 @@ def whole_file(path: Path, outdated: Iterable[Path] = ()) -> Iterator[Path]:
 @contextmanager
 def _hidden_folder(path: Path) -> Iterator[Path]:
     """A new folder with a lock that ends with this process, however it ends."""
-    with writing(path):
-        folder = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=path.parent))
+    folder = lock = None
     try:
-        if sys.platform == "win32":
-            yield folder
-            return
-        with writing(path):
-            lock = (folder / _LOCK).open("wb")
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # Only now may others find it: what has this prefix and a free lock is left over.
-            name = _PREFIX + folder.name.removeprefix(_NEW_PREFIX)
-            with writing(path):
+        with uninterrupted(), writing(path):
+            folder = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=path.parent))
+            if sys.platform != "win32":
+                lock = (folder / _LOCK).open("wb")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                # Only now may others find it: what has this prefix and a free lock is left over.
+                name = _PREFIX + folder.name.removeprefix(_NEW_PREFIX)
                 folder = folder.rename(folder.with_name(name))
-            yield folder
+        yield folder
     finally:
+        try:
+            _remove(folder, lock)
+        except BaseException:  # Ctrl-C at this very moment
+            _remove(folder, lock)
+            raise
+
+
+def _remove(folder: Path | None, lock: IO[bytes] | None) -> None:
+    if lock is not None:
+        lock.close()
+    if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
