@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 CRASHED = 2
@@ -54,11 +55,12 @@ def _wait(pid: int) -> int:
     """The exit code of the worker, negative for a signal."""
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):  # it is done: its exit code stands
+            os.kill(pid, number)
 
     def pass_on_later(_number: int, _frame: FrameType | None) -> None:
         # A terminal has interrupted both; whoever interrupts only this one shall not wait long.
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGINT))
+        signal.signal(signal.SIGALRM, lambda *_: pass_on(signal.SIGINT, None))
         signal.alarm(_PATIENCE_S)
 
     signal.signal(signal.SIGTERM, pass_on)
