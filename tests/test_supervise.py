@@ -21,7 +21,6 @@ def waitpid(pid, options):
     os.kill(os.getpid(), int(sys.argv[1]))
     return ended
 os.waitpid = waitpid
-_supervise._PATIENCE_S = 0.1
 sys.exit(_supervise.supervised(lambda: 0, "name"))
 """
 
