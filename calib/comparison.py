@@ -24,6 +24,25 @@ class Top1:
     float_model: float
     quantized_model: float
 
+    @property
+    def drop(self) -> float:
+        """In points; negative where the quantized model is better."""
+        return self.float_model - self.quantized_model
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the user's metric, named ``package.module:function``, says of both models."""
+
+    name: str
+    float_model: float
+    quantized_model: float
+
+    @property
+    def drop(self) -> float:
+        """In the metric's unit; negative where the quantized model is better."""
+        return self.float_model - self.quantized_model
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -34,12 +53,22 @@ class Comparison:
         sqnr_db: for each floating-point output; infinite where nothing differs.
         top1: None where the data has no labels, or the model no ``(samples, classes)`` output.
         notes: what the user should know about the comparison.
+        cosine: for each floating-point output, of all its values as one vector, -1 to 1.
+        max_error: for each floating-point output, the largest difference, in its unit.
+        agreement: share of samples, 0 to 1, for which both models' largest value of the first
+            ``(samples, classes)`` output is the same; without one, share of equal values of the
+            integer outputs; None where there are neither.
+        scores: of the user's metric; None where none was asked for.
     """
 
     n_samples: int
     sqnr_db: Mapping[str, float]
     top1: Top1 | None
     notes: tuple[str, ...] = ()
+    cosine: Mapping[str, float] = field(default_factory=dict)
+    max_error: Mapping[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+    scores: Scores | None = None
 
     @property
     def output_sqnr_db(self) -> float:
@@ -49,17 +78,26 @@ class Comparison:
 
 @dataclass(slots=True)
 class Difference:
-    """Running sums that make an SQNR: of squares, and of squared differences."""
+    """Running sums: of squares, of squared differences, of the other's squares and of products; and
+    the largest difference."""
 
     signal: float = 0.0
     noise: float = 0.0
+    power: float = 0.0
+    product: float = 0.0
+    largest: float = 0.0
 
     def add(self, reference: NDArray[Any], other: NDArray[Any]) -> None:
         """Adds two arrays of the same shape; equal infinities are neither signal nor noise."""
         alike = ~np.isfinite(reference) & (reference == other)
         exact = np.where(alike, 0.0, reference.astype(np.float64))
+        actual = np.where(alike, 0.0, other.astype(np.float64))
+        error = np.abs(exact - actual)
         self.signal += float(np.square(exact).sum())
-        self.noise += float(np.square(exact - np.where(alike, 0.0, other)).sum())
+        self.noise += float(np.square(error).sum())
+        self.power += float(np.square(actual).sum())
+        self.product += float((exact * actual).sum())
+        self.largest = max(self.largest, float(error.max(initial=0.0)))
 
     @property
     def sqnr_db(self) -> float:
@@ -69,6 +107,14 @@ class Difference:
             return math.inf
         ratio = self.signal / self.noise
         return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        """``Σxy/√(Σx²·Σy²)``; 1 where both are all zero, 0 where one of them is."""
+        if self.noise == 0:
+            return 1.0
+        norm = math.sqrt(self.signal) * math.sqrt(self.power)
+        return self.product / norm if 0 < norm < math.inf else 0.0
 
 
 @dataclass(slots=True)
@@ -92,6 +138,29 @@ class _Totals:
     n_samples: int = 0
     notes: tuple[str, ...] = ()
     same: dict[str, list[int]] = field(default_factory=dict)
+    agreed: list[int] = field(default_factory=lambda: [0, 0])
+
+    @property
+    def agreement(self) -> float | None:
+        pairs = [self.agreed] if self.agreed[1] else list(self.same.values())
+        n, of = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+        return n / of if of else None
+
+    def comparison(self) -> Comparison:
+        """What was gathered."""
+        alike = tuple(
+            f"output {name!r}, no float: {n / max(of, 1):.2%} of its values are equal"
+            for name, (n, of) in self.same.items()
+        )
+        return Comparison(
+            self.n_samples,
+            {name: difference.sqnr_db for name, difference in self.differences.items()},
+            self.hits.top1(),
+            (*self.notes, *alike),
+            cosine={name: difference.cosine for name, difference in self.differences.items()},
+            max_error={name: difference.largest for name, difference in self.differences.items()},
+            agreement=self.agreement,
+        )
 
 
 def evaluate(
@@ -117,12 +186,7 @@ def evaluate(
         batch.check_finite(first + totals.n_samples)
         expected, actual = (session.run(batch.feed, batch.restart) for session in sessions)
         _add(totals, batch, expected, actual)
-    sqnr_db = {name: difference.sqnr_db for name, difference in totals.differences.items()}
-    alike = tuple(
-        f"output {name!r}, no float: {n / max(of, 1):.2%} of its values are equal"
-        for name, (n, of) in totals.same.items()
-    )
-    return Comparison(totals.n_samples, sqnr_db, totals.hits.top1(), (*totals.notes, *alike))
+    return totals.comparison()
 
 
 def check_nan(name: str, reference: NDArray[Any], actual: NDArray[Any]) -> None:
@@ -153,6 +217,10 @@ def _add(
         totals.differences.setdefault(name, Difference()).add(reference, actual[name])
     totals.n_samples += batch.n_samples
     logits = next((n for n, a in expected.items() if a.dtype.kind == "f" and a.ndim == 2), None)
+    if logits is not None and expected[logits].shape[1] > 1:
+        alike = expected[logits].argmax(axis=1) == actual[logits].argmax(axis=1)
+        totals.agreed[0] += int(np.count_nonzero(alike))
+        totals.agreed[1] += len(alike)
     if batch.labels is None:
         return
     if logits is None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from calib.bounds import Bounds
 from calib.capture import Runtime
 from calib.data import Reading
 from calib.errors import CalibError, OptionError
@@ -64,7 +65,17 @@ class Config:
     op_types: tuple[str, ...] | None = None
     save_observations: Path | None = None
     observations: Path | None = None
+    min_sqnr: float | None = None
+    min_cosine: float | None = None
+    max_error: float | None = None
+    min_agreement: float | None = None
+    max_top1_drop: float | None = None
+    max_metric_drop: float | None = None
+    max_size_ratio: float | None = None
+    metric: str | None = None
+    keep_failed: bool = False
     output: Path | None = None
+    report: Path | None = None
     summary: Path | None = None
     external_data: str = "auto"
     force: bool = False
@@ -86,6 +97,8 @@ class Config:
             raise OptionError(
                 f"percentile belongs to method percentile, the method is {self.method!r}"
             )
+        if self.metric is not None and not is_function(self.metric):
+            raise OptionError(f"metric must be package.module:function, got {self.metric!r}")
         if self.quiet and self.verbose:
             raise OptionError("quiet and verbose contradict each other")
         self.to_rules()
@@ -218,6 +231,10 @@ class Config:
             ),
         )
 
+    def to_bounds(self) -> Bounds:
+        """What the quantized model must keep."""
+        return Bounds(**{f.name: getattr(self, f.name) for f in fields(Bounds)})
+
     def to_run(self) -> Run:
         """How the calibration is carried out: data, runtime, files."""
         return Run(
@@ -243,6 +260,10 @@ class Config:
             external_data=self.external_data,
             feedback=self.feed_back,
             padding_mask=self.padding_mask,
+            bounds=self.to_bounds(),
+            keep_failed=self.keep_failed,
+            metric=self.metric,
+            report=self.report,
             force=self.force,
         )
 

@@ -142,7 +142,7 @@ def check_batches(source: object, what: str) -> None:
         raise DataError(f"{what} an iterable of batches, got one mapping: wrap it in a list")
 
 
-def import_function(source: str) -> Callable[[], Any]:
+def import_function(source: str) -> Callable[..., Any]:
     """The function that ``package.module:function`` names, also in the current directory."""
     module, _, name = source.partition(":")
     try:

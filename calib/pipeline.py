@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import math
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from calib.data import open_data
 from calib.files import uninterrupted, whole_file, writing
 from calib.graph import Model, load_model
 from calib.observations import Observations
+from calib.report.document import number, versions
 from calib.resuming import check_checkpoint, checkpoint_path, observe_split, saved_observations
 from calib.run import Run, Split, check_outputs
 from calib.table import CalibrationTable, dumps
@@ -61,8 +59,8 @@ class Calibration:
         return {
             **self.table.to_json(),
             "output": str(self.output),
-            "output_sqnr_db": _finite(self.comparison.output_sqnr_db),
-            "outputs_sqnr_db": {n: _finite(db) for n, db in self.comparison.sqnr_db.items()},
+            "output_sqnr_db": number(self.comparison.output_sqnr_db),
+            "outputs_sqnr_db": {n: number(db) for n, db in self.comparison.sqnr_db.items()},
             "top1": top1 and {"float": top1.float_model, "quantized": top1.quantized_model},
             "compared_on": {"n_samples": self.comparison.n_samples, "held_out": self.held_out},
             "bytes": {"float": self.n_bytes[0], "quantized": self.n_bytes[1]},
@@ -179,7 +177,6 @@ def _check_files(target: Path, model: Model, data: object, run: Run) -> None:
 
 
 def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> dict[str, Any]:
-    distributions = ("octav-calibrate", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript")
     source = Path(data).name if isinstance(data, str | Path) else type(data).__name__
     return {
         "options": {
@@ -193,10 +190,7 @@ def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> 
             "external_data": run.external_data,
             "observations": run.observations and run.observations.name,
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in distributions},
-        },
+        "versions": versions(),
         "digests": {"model_sha256": table.model_sha256},
         "n_samples": table.n_samples,
     }
@@ -244,7 +238,3 @@ class _Stages:
         if self.large:
             gc.collect()
         self.seconds[name] = time.perf_counter() - start
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
 from calib.arrayfiles import ARRAY_SUFFIXES
 from calib.arrays import Batch
-from calib.capture import Runtime
-from calib.comparison import Comparison, evaluate
+from calib.bounds import Bounds
+from calib.capture import Runtime, Session
+from calib.comparison import Comparison, Scores, evaluate
 from calib.data import Data, Reading
 from calib.errors import DataError, OptionError, OutputError
 from calib.graph import Model
 from calib.images import IMAGE_SUFFIXES
 from calib.iterables import Batches
+from calib.metric import load_metric, score
 from calib.observations import Observations
 
 EXTERNAL_DATA = ("auto", "always", "never")
@@ -50,6 +52,10 @@ class Run:
         summary: file to write `Calibration.summary` to, as JSON.
         checkpoint_seconds: how often observations that are to be saved are saved on the way.
         protected: files that are read besides, as settings are; never overwritten.
+        bounds: what the quantized model must keep to be written.
+        keep_failed: write it all the same.
+        metric: ``package.module:function``, see `calib.metric.load_metric`.
+        report: file to write a page on all of it to.
         force: overwrite files that exist.
         progress: called with a stage and its number of samples; gives a function to advance it.
     """
@@ -65,11 +71,15 @@ class Run:
     padding_mask: str | None = None
     checkpoint_seconds: float = 30.0
     protected: tuple[Path, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
+    keep_failed: bool = False
+    metric: str | None = None
+    report: Path | None = None
     force: bool = False
     progress: Progress = _silent
 
     def __post_init__(self) -> None:
-        for name in ("observations", "save_observations", "summary"):
+        for name in ("observations", "save_observations", "summary", "report"):
             path = getattr(self, name)
             object.__setattr__(self, name, None if path is None else Path(path))
         if self.external_data not in EXTERNAL_DATA:
@@ -169,7 +179,17 @@ class Split:
         """The float model against the one at ``quantized``, on `evaluation`."""
         batches = self.evaluation()
         first = (self.n_calibration or 0) if self.held_out else 0
-        return evaluate(model, quantized, batches, self.run.runtime, first)
+        comparison = evaluate(model, quantized, batches, self.run.runtime, first)
+        if self.run.metric is None:
+            return comparison
+        found = (self.score(model, path) for path in (model.path, quantized))
+        return replace(comparison, scores=Scores(self.run.metric, *found))
+
+    def score(self, model: Model, path: Path) -> float:
+        """What the user's metric says of the model at ``path``, on `evaluation`."""
+        name = self.run.metric or ""
+        session = Session(path, self.run.runtime, feedback=model.feedback)
+        return score(load_metric(name), name, session, self.evaluation())
 
     def first_batch(self) -> Batch:
         """One batch, to run a model on."""

@@ -1,10 +1,11 @@
-"""The options of ``octav-calibrate``, grouped as --help shows them.
+"""The options that commands share, grouped as --help shows them.
 
 None of them has a default here: these are `calib.config.Config`'s, and only told in the help.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ def _whole(name: str, text: str) -> click.Option:
 
 def _file(name: str, text: str, **settings: Any) -> click.Option:
     return _option(name, text, "FILE", type=_FILE, **settings)
+
+
+def _number(name: str, text: str, metavar: str = "NUMBER") -> click.Option:
+    return _option(name, text, metavar, type=float)
 
 
 def _flag(name: str, text: str) -> click.Option:
@@ -101,9 +106,25 @@ GROUPS: dict[str, list[click.Option]] = {
         _option("--only", "Regular expression: quantize only these nodes and tensors.", "REGEX"),
         _option("--op-types", "Comma-separated: quantize inputs of these only."),
     ],
+    "The gate": [
+        _number("--min-sqnr", "Of every float output, in dB.", "DB"),
+        _number("--min-cosine", "Of every float output, -1 to 1."),
+        _number("--max-error", "Largest difference of any float output."),
+        _number("--min-agreement", "Share of samples with the same largest output: 0.98."),
+        _number("--max-top1-drop", "Points of top-1 below the float model; needs labels."),
+        _number("--max-metric-drop", "How far --metric may lie below the float model's."),
+        _number("--max-size-ratio", "Size over that of the float model: 0.3."),
+        _option(
+            "--metric",
+            "A function of yours that judges a model's outputs, larger is better: "
+            "package.module:function.",
+        ),
+        _flag("keep-failed", "Write a model that misses a bound all the same."),
+    ],
     "Files": [
         _file("--output", "[default: <stem>-w4a4.onnx beside the model]"),
         _file("--summary", "Write all numbers to this JSON file."),
+        _file("--report", "Write a page on all of it to this HTML file (extra: report)."),
         _file("--save-observations", "Keep what was observed, for other methods and widths."),
         _file("--observations", "Read it back instead of observing."),
         _option(
@@ -131,14 +152,27 @@ GROUPS: dict[str, list[click.Option]] = {
 
 
 class GroupedCommand(click.Command):
-    """A command whose help shows the options in their groups."""
+    """A command whose help shows its options in groups; --version and --help are the last of the
+    last one."""
+
+    def __init__(
+        self,
+        *args: Any,
+        groups: Mapping[str, Sequence[click.Option]],
+        arguments: Sequence[click.Argument],
+        **settings: Any,
+    ):
+        self._groups = groups
+        known = [option for options in groups.values() for option in options]
+        settings["params"] = [*arguments, *known, *settings.get("params", ())]
+        super().__init__(*args, **settings)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes them; --version and --help are the last of the last group."""
-        grouped = {title: list(options) for title, options in GROUPS.items()}
+        """Writes them."""
+        grouped = {title: list(options) for title, options in self._groups.items()}
         known = [option for options in grouped.values() for option in options]
         rest = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and p not in known]
-        grouped["The command"].extend(rest)
+        list(grouped.values())[-1].extend(rest)
         for title, options in grouped.items():
             records = [option.get_help_record(ctx) for option in options]
             with formatter.section(title):

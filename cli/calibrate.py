@@ -35,7 +35,8 @@ Examples:
 
 @click.command(
     cls=GroupedCommand,
-    params=[MODEL, *(option for options in GROUPS.values() for option in options)],
+    groups=GROUPS,
+    arguments=[MODEL],
     epilog=_EPILOG,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
