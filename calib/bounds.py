@@ -26,10 +26,13 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether what was found is within the limit; the limit itself is."""
+        """Whether what was found is within the limit; the limit itself is, also where a difference
+        of percentages misses it by a rounding error. What is not a number never is."""
+        if math.isclose(self.found, self.limit, rel_tol=_ROUNDING):
+            return True
         if self.bound.startswith("min-"):
-            return self.found >= self.limit
-        return self.found <= self.limit
+            return self.found > self.limit
+        return self.found < self.limit
 
     @property
     def text(self) -> str:
@@ -37,10 +40,21 @@ class Verdict:
         label, unit = _LABELS[self.bound]
         side = "at least" if self.bound.startswith("min-") else "at most"
         word = "holds" if self.holds else "FAILS"
-        found = "infinite" if math.isinf(self.found) else f"{self.found:.4g}"
-        return f"{self.bound} {word}: {label} {found}{unit}, {side} {self.limit:g}{unit} asked for"
+        limit = f"{self.limit:.12g}{unit}"
+        return f"{self.bound} {word}: {label} {self._found_text(unit)}, {side} {limit} asked for"
+
+    def _found_text(self, unit: str) -> str:
+        """With as many digits as show on which side of the limit it is."""
+        if math.isnan(self.found):
+            return "is not a number"
+        if math.isinf(self.found):
+            return "infinite" if self.found > 0 else "minus infinite"
+        texts = [f"{self.found:.{digits}g}" for digits in (4, 6, 9, 12, 17)]
+        told = (t for t in texts if Verdict(self.bound, self.limit, float(t)).holds == self.holds)
+        return f"{next(told, texts[-1])}{unit}"
 
 
+_ROUNDING = 1e-9
 _LABELS = {
     "min-sqnr": ("output SQNR", " dB"),
     "min-cosine": ("cosine", ""),
@@ -86,6 +100,10 @@ class Bounds:
     max_size_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            limit = getattr(self, name)
+            if limit is not None and math.isnan(limit):
+                raise OptionError(f"{_key(name)} must be a number, got nan")
         for name, (low, high) in _ALLOWED.items():
             limit = getattr(self, name)
             if limit is not None and not low <= limit <= high:
@@ -97,6 +115,11 @@ class Bounds:
     def asked(self) -> tuple[str, ...]:
         """Names of the bounds that are set."""
         return tuple(_key(f.name) for f in fields(self) if getattr(self, f.name) is not None)
+
+    def check_metric(self, metric: str | None) -> None:
+        """Raises `OptionError` if the metric has a bound, and there is none."""
+        if metric is None and self.max_metric_drop is not None:
+            raise OptionError(f"max-metric-drop cannot be measured: {_NEEDS['max-metric-drop']}")
 
     def judge(self, comparison: Comparison, n_bytes: tuple[int, int]) -> tuple[Verdict, ...]:
         """What holds, in the order of the fields.

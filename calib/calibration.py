@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,12 +33,24 @@ def calibrate(
             single batches that ``rules.reduction`` needs were not kept.
         CalibratorError: if a calibrator fails or returns nonsense; the tensor is named.
     """
+    made = {spec.method: make(spec.method) for spec in plan.specs}
+    calibrators = {spec.name: made[spec.method] for spec in plan.specs}
+    return calibrate_with(model, observations, plan, rules, calibrators)
+
+
+def calibrate_with(
+    model: Model,
+    observations: Observations,
+    plan: Plan,
+    rules: Rules,
+    calibrators: Mapping[str, Calibrator],
+) -> CalibrationTable:
+    """As `calibrate`, with the calibrator that is given for each tensor's name."""
     _check_observations(observations, plan, rules)
-    calibrators = {spec.method: make(spec.method) for spec in plan.specs}
     records: list[TensorRecord] = []
     skipped: list[Skipped] = []
     for spec in plan.specs:
-        calibrator = calibrators[spec.method]
+        calibrator = calibrators[spec.name]
         try:
             if spec.kind == "weight":
                 records.append(_weight_record(model, spec, calibrator))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from calib.errors import CalibError, ModelError, OptionError, one_line
 
 Values = dict[str, NDArray[Any]]
+Source = Path | ir.Model
 
 _SEVERITY_FATAL = 4
 _MOST_THREADS = 1024
@@ -76,7 +77,7 @@ class Session:
 
     def __init__(
         self,
-        model: Path | ir.Model,
+        model: Source,
         runtime: Runtime | None = None,
         *,
         optimized: bool = True,

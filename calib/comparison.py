@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from calib.arrays import Batch
 from calib.capture import Runtime, Session
-from calib.errors import DataError, VerificationError
+from calib.errors import DataError, ModelError, VerificationError
 from calib.graph import Model
 
 
@@ -92,12 +93,13 @@ class Difference:
         alike = ~np.isfinite(reference) & (reference == other)
         exact = np.where(alike, 0.0, reference.astype(np.float64))
         actual = np.where(alike, 0.0, other.astype(np.float64))
-        error = np.abs(exact - actual)
-        self.signal += float(np.square(exact).sum())
-        self.noise += float(np.square(error).sum())
-        self.power += float(np.square(actual).sum())
-        self.product += float((exact * actual).sum())
-        self.largest = max(self.largest, float(error.max(initial=0.0)))
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite in only one of them
+            error = np.abs(exact - actual)
+            self.signal += float(np.square(exact).sum())
+            self.noise += float(np.square(error).sum())
+            self.power += float(np.square(actual).sum())
+            self.product += float((exact * actual).sum())
+        self.largest = float(np.maximum(self.largest, error.max(initial=0.0)))
 
     @property
     def sqnr_db(self) -> float:
@@ -110,11 +112,11 @@ class Difference:
 
     @property
     def cosine(self) -> float:
-        """``Σxy/√(Σx²·Σy²)``; 1 where both are all zero, 0 where one of them is."""
+        """``Σxy/√(Σx²·Σy²)``; 1 where both are all zero, 0 where one of them is, or is infinite."""
         if self.noise == 0:
             return 1.0
         norm = math.sqrt(self.signal) * math.sqrt(self.power)
-        return self.product / norm if 0 < norm < math.inf else 0.0
+        return max(-1.0, min(1.0, self.product / norm)) if 0 < norm < math.inf else 0.0
 
 
 @dataclass(slots=True)
@@ -132,7 +134,9 @@ class _Hits:
 
 
 @dataclass(slots=True)
-class _Totals:
+class Totals:
+    """Running sums over batches that make a `Comparison`."""
+
     differences: dict[str, Difference] = field(default_factory=dict)
     hits: _Hits = field(default_factory=_Hits)
     n_samples: int = 0
@@ -142,9 +146,63 @@ class _Totals:
 
     @property
     def agreement(self) -> float | None:
+        """See `Comparison`."""
         pairs = [self.agreed] if self.agreed[1] else list(self.same.values())
         n, of = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
         return n / of if of else None
+
+    def add(
+        self,
+        batch: Batch,
+        expected: Mapping[str, NDArray[Any]],
+        actual: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Adds both models' outputs of one batch.
+
+        Raises:
+            VerificationError, DataError: as `evaluate`.
+        """
+        for name, reference in expected.items():
+            found = _check_there(name, reference, actual)
+            if reference.dtype.kind != "f":
+                same = self.same.setdefault(name, [0, 0])
+                same[0] += int(np.count_nonzero(reference == found))
+                same[1] += reference.size
+                continue
+            check_nan(name, reference, found)
+            self.differences.setdefault(name, Difference()).add(reference, found)
+        self.n_samples += batch.n_samples
+        floats = (n for n, a in expected.items() if a.dtype.kind == "f" and a.ndim == 2)
+        logits = next(floats, None)
+        if logits is not None:
+            self._add_logits(batch.labels, logits, expected[logits], actual[logits])
+        elif batch.labels is not None:
+            self.notes = ("labels are not used: no output of shape (samples, classes)",)
+
+    def _add_logits(
+        self, labels: NDArray[Any] | None, name: str, expected: NDArray[Any], actual: NDArray[Any]
+    ) -> None:
+        n_classes = expected.shape[1]
+        if n_classes > 1:
+            alike = expected.argmax(axis=1) == actual.argmax(axis=1)
+            self.agreed[0] += int(np.count_nonzero(alike))
+            self.agreed[1] += len(alike)
+        if labels is None:
+            return
+        if labels.shape != expected.shape[:1]:
+            raise DataError(
+                f"labels have shape {labels.shape}, the model's {name!r} {expected.shape}: one "
+                f"label for each sample is needed"
+            )
+        outside = labels[(labels < 0) | (labels >= n_classes)]
+        if outside.size:
+            raise DataError(
+                f"label {int(outside[0])}: the model's {name!r} has {n_classes} classes, 0 to "
+                f"{n_classes - 1}"
+            )
+        self.hits.n += len(labels)
+        self.hits.float_model += int((expected.argmax(axis=1) == labels).sum())
+        self.hits.quantized_model += int((actual.argmax(axis=1) == labels).sum())
 
     def comparison(self) -> Comparison:
         """What was gathered."""
@@ -177,16 +235,45 @@ def evaluate(
         first: number of the first sample, for error messages.
 
     Raises:
-        VerificationError: if an output of the quantized model holds NaN.
+        VerificationError: if an output of the quantized model holds NaN, or has another shape.
+        ModelError: if onnxruntime cannot load or run one of them; the message names its file.
         DataError: if the data holds NaN or infinity, or labels are not one for each sample.
     """
-    sessions = [Session(path, runtime, feedback=model.feedback) for path in (model.path, quantized)]
-    totals = _Totals()
+    sessions = {}
+    for path in dict.fromkeys((model.path, quantized)):
+        with _naming(path):
+            sessions[path] = Session(path, runtime, feedback=model.feedback)
+    totals = Totals()
     for batch in batches:
         batch.check_finite(first + totals.n_samples)
-        expected, actual = (session.run(batch.feed, batch.restart) for session in sessions)
-        _add(totals, batch, expected, actual)
+        answers = {}
+        for path, session in sessions.items():
+            with _naming(path):
+                answers[path] = session.run(batch.feed, batch.restart)
+        totals.add(batch, answers[model.path], answers[quantized])
     return totals.comparison()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says which of the two models an error is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path.name}: {error}") from error
+
+
+def _check_there(
+    name: str, reference: NDArray[Any], actual: Mapping[str, NDArray[Any]]
+) -> NDArray[Any]:
+    if name not in actual:
+        raise VerificationError(f"output {name!r} was not produced by the quantized model")
+    if actual[name].shape != reference.shape:
+        raise VerificationError(
+            f"output {name!r} of the quantized model has shape {list(actual[name].shape)}, the "
+            f"float model's {list(reference.shape)}, on the same data"
+        )
+    return actual[name]
 
 
 def check_nan(name: str, reference: NDArray[Any], actual: NDArray[Any]) -> None:
@@ -199,45 +286,3 @@ def check_nan(name: str, reference: NDArray[Any], actual: NDArray[Any]) -> None:
         )
     if np.isnan(actual).any():
         raise VerificationError(f"output {name!r} of the quantized model holds NaN")
-
-
-def _add(
-    totals: _Totals,
-    batch: Batch,
-    expected: Mapping[str, NDArray[Any]],
-    actual: Mapping[str, NDArray[Any]],
-) -> None:
-    for name, reference in expected.items():
-        if reference.dtype.kind != "f":
-            same = totals.same.setdefault(name, [0, 0])
-            same[0] += int(np.count_nonzero(reference == actual[name]))
-            same[1] += reference.size
-            continue
-        check_nan(name, reference, actual[name])
-        totals.differences.setdefault(name, Difference()).add(reference, actual[name])
-    totals.n_samples += batch.n_samples
-    logits = next((n for n, a in expected.items() if a.dtype.kind == "f" and a.ndim == 2), None)
-    if logits is not None and expected[logits].shape[1] > 1:
-        alike = expected[logits].argmax(axis=1) == actual[logits].argmax(axis=1)
-        totals.agreed[0] += int(np.count_nonzero(alike))
-        totals.agreed[1] += len(alike)
-    if batch.labels is None:
-        return
-    if logits is None:
-        totals.notes = ("labels are not used: no output of shape (samples, classes)",)
-        return
-    if batch.labels.shape != expected[logits].shape[:1]:
-        raise DataError(
-            f"labels have shape {batch.labels.shape}, the model's {logits!r} "
-            f"{expected[logits].shape}: one label for each sample is needed"
-        )
-    n_classes = expected[logits].shape[1]
-    outside = batch.labels[(batch.labels < 0) | (batch.labels >= n_classes)]
-    if outside.size:
-        raise DataError(
-            f"label {int(outside[0])}: the model's {logits!r} has {n_classes} classes, 0 to "
-            f"{n_classes - 1}"
-        )
-    totals.hits.n += len(batch.labels)
-    totals.hits.float_model += int((expected[logits].argmax(axis=1) == batch.labels).sum())
-    totals.hits.quantized_model += int((actual[logits].argmax(axis=1) == batch.labels).sum())

@@ -178,12 +178,11 @@ class Histogram:
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         """As `Distribution.mse`; values are taken to spread evenly over their bin.
 
-        Above 8 bits, where a bin is wider than a step, it is the noise model
-        ``κ t² P(0 < |x| ≤ t) + E[(|x| - t)²; |x| > t]`` (OCTAV, equation 4).
+        Above 8 bits, where a bin is wider than a step, it is `modelled_mse`.
         """
         thresholds = np.asarray(t, np.float64)
         if qtype.bits > HISTOGRAM_BITS:
-            return self._modelled_mse(thresholds, qtype)
+            return self.modelled_mse(thresholds, qtype)
         rows = [self._measured_mse(float(row), qtype) for row in thresholds.ravel()]
         return np.array(rows).reshape(thresholds.shape)
 
@@ -207,7 +206,9 @@ class Histogram:
         mean_square = np.where(flat, point**2, mean)
         return float(mean_square @ self._counts) * step**2 / float(self.count()[0])
 
-    def _modelled_mse(self, t: Floats, qtype: QuantType) -> Floats:
+    def modelled_mse(self, t: Floats, qtype: QuantType) -> Floats:
+        """J(t), the noise model that OCTAV minimises (OCTAV, equation 4), in the shape of ``t``:
+        ``κ t² P(0 < |x| ≤ t) + E[(|x| - t)²; |x| > t]``."""
         tail = self.tail(t)
         inside = self.tail(np.zeros_like(t)).count - tail.count
         clipped = self._bins.squared_excess(t)
@@ -297,4 +298,5 @@ def _squared_error_integral(x: Floats, qtype: QuantType) -> Floats:
     """An antiderivative of the squared quantization error, x in steps; continuous, so that the
     difference at the ends of an interval is the error over it, clipping included."""
     level = np.clip(np.rint(x), qtype.qmin, qtype.qmax)
-    return np.asarray(level / 12.0 + (x - level) ** 3 / 3.0)
+    error = x - level
+    return np.asarray(level / 12.0 + error * error * error / 3.0)

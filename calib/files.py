@@ -10,8 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -53,6 +53,17 @@ def whole_file(path: Path, outdated: Iterable[Path] = ()) -> Iterator[Path]:
         yield folder / path.name
         with writing(path):
             _move_out(folder, path, list(outdated))
+
+
+def write_texts(texts: Mapping[Path, str], files: ExitStack) -> None:
+    """Writes text files that appear, each whole, when ``files`` is closed.
+
+    Raises:
+        OutputError: if one cannot be written.
+    """
+    for path, text in texts.items():
+        with writing(path):
+            files.enter_context(whole_file(path)).write_text(text, "utf-8")
 
 
 @contextmanager

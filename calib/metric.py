@@ -8,12 +8,14 @@ from typing import Any
 
 from calib.arrays import Batch
 from calib.capture import Session, Values
-from calib.errors import DataError, OptionError, one_line
+from calib.errors import CalibError, DataError, OptionError, one_line
 from calib.iterables import import_function
 from calib.readers import is_function
 
 Answers = Iterator[tuple[Values, Values, Any]]
 Metric = Callable[[Answers], float]
+
+_LONGEST_QUOTE = 60
 
 
 def load_metric(name: str) -> Metric:
@@ -38,13 +40,21 @@ def score(metric: Metric, name: str, session: Session, batches: Iterable[Batch])
 
     Raises:
         DataError: if it raises, or returns anything but a finite number.
+        CalibError: as the session and the data do, which is not the metric's fault.
     """
     try:
-        value = float(metric(_answers(session, batches)))
+        returned = metric(_answers(session, batches))
+    except (CalibError, MemoryError):
+        raise
     except Exception as error:  # whatever the function raises
         raise DataError(f"metric {name}: {type(error).__name__}: {one_line(error)}") from error
+    try:
+        value = float(returned)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"metric {name}: must return a finite number, got {value}")
+        shown = one_line(repr(returned))[:_LONGEST_QUOTE]
+        raise DataError(f"metric {name}: must return a finite number, got {shown}")
     return value
 
 

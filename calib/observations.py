@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
@@ -16,14 +14,34 @@ from numpy.typing import NDArray
 from calib.arrays import Batch, listed
 from calib.capture import Runtime, Session, Values
 from calib.counter import Counter
+from calib.counterfile import Counters, read_counters, read_manifest, write_counters
 from calib.errors import DataError, ModelError, ObservationsError, OptionError, one_line
 from calib.files import whole_file, writing
 from calib.graph import Model
 
 _SCHEMA = 1
-_MANIFEST = "observations"
 
-Counters = dict[str, Counter]
+
+class Summed(Mapping[str, Counter]):
+    """Two halves together: a sum is made when it is asked for, so that none take memory."""
+
+    def __init__(self, halves: tuple[Counters, Counters]):
+        self._halves = halves
+
+    def __getitem__(self, name: str) -> Counter:
+        total = Counter()
+        for half in self._halves:
+            total.merge(half[name])
+        return total
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._halves[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._halves[0])
+
+    def __len__(self) -> int:
+        return len(self._halves[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,9 @@ class Observations:
         identity: of the data and settings, so that only the same run is resumed.
         padding_mask: the input that said what is padding and was not counted.
         feedback: see `calib.graph.Model`.
+        halves: counters of every other batch from the first, and of those from the second, where
+            that was asked for; ``counters`` are exactly their sums. None of a single batch.
+        half_samples: how many samples each half has seen.
     """
 
     model_sha256: str
@@ -51,6 +72,8 @@ class Observations:
     identity: str = ""
     padding_mask: str | None = None
     feedback: Mapping[str, str] = field(default_factory=dict)
+    halves: tuple[Counters, ...] = ()
+    half_samples: tuple[int, int] = (0, 0)
 
     def save(self, path: str | Path) -> None:
         """Writes an ``.npz``, whole or not at all.
@@ -63,7 +86,6 @@ class Observations:
 
     def write(self, path: Path) -> None:
         """As `save`, straight to ``path``: non-empty bins, exact statistics beside them."""
-        groups = [self.counters, *self.batches]
         manifest = {
             "schema": _SCHEMA,
             "model_sha256": self.model_sha256,
@@ -75,18 +97,11 @@ class Observations:
             "identity": self.identity,
             "padding_mask": self.padding_mask,
             "feedback": dict(self.feedback),
+            "half_samples": self.half_samples if self.halves else None,
         }
-        arrays: dict[str, Any] = {_MANIFEST: np.frombuffer(json.dumps(manifest).encode(), np.uint8)}
-        for group, counters in enumerate(groups):
-            for position, counter in enumerate(counters.values()):
-                codes = np.flatnonzero(counter.counts)
-                exact = [counter.min, counter.max, counter.n_zero, counter.n_nan, counter.n_inf]
-                key = f"{group}.{position}"
-                arrays[f"{key}.codes"] = codes.astype(np.uint16)
-                arrays[f"{key}.counts"] = counter.counts[codes]
-                arrays[f"{key}.exact"] = np.array(exact, np.float64)
-        with path.open("wb") as stream:
-            np.savez_compressed(stream, **arrays)
+        groups = {str(n): group for n, group in enumerate((self.counters, *self.batches))}
+        groups.update({f"half{n}": half for n, half in enumerate(self.halves)})
+        write_counters(path, manifest, groups)
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> Observations:
@@ -122,39 +137,29 @@ class Observations:
 
 
 def _read(arrays: NpzFile, path: Path) -> Observations:
-    manifest = json.loads(arrays[_MANIFEST].tobytes())
+    manifest = read_manifest(arrays)
     if manifest["schema"] != _SCHEMA:
         raise ObservationsError(
             f"{path}: written with schema {manifest['schema']}, this version reads {_SCHEMA}: "
             f"observe again"
         )
-    groups = [
-        {
-            name: _restore(arrays, f"{group}.{position}")
-            for position, name in enumerate(manifest["names"])
-        }
-        for group in range(1 + manifest["batches"])
-    ]
-    return Observations(
+    names, half_samples = manifest["names"], manifest.get("half_samples")
+    batches = (read_counters(arrays, str(1 + n), names) for n in range(manifest["batches"]))
+    seen = Observations(
         model_sha256=str(manifest["model_sha256"]),
         n_samples=int(manifest["n_samples"]),
-        counters=groups[0],
-        batches=tuple(groups[1:]),
+        counters={} if half_samples else read_counters(arrays, "0", names),
+        batches=tuple(batches),
         n_batches=int(manifest["n_batches"]),
         unmasked=tuple(map(str, manifest.get("unmasked", ()))),
         identity=str(manifest.get("identity", "")),
         padding_mask=manifest.get("padding_mask"),
         feedback=dict(manifest.get("feedback", {})),
     )
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether the file at ``path`` holds observations, of whatever model."""
-    try:
-        with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as arrays:
-            return _MANIFEST in arrays.files
-    except Exception:  # no npz, or damaged
-        return False
+    if not half_samples:
+        return seen
+    first, second = (read_counters(arrays, f"half{n}", names) for n in range(2))
+    return _halved(seen, (first, second), tuple(map(int, half_samples)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,8 @@ class Observing:
 
     Args:
         keep_batches: of that many first batches, counters of their own are kept too.
+        halves: of every other batch, counters of their own are kept too, to tell how much depends
+            on the samples; counting takes twice the memory then, and no more time.
         runtime: provider and threads.
         padding_mask: input that is 0 where padding stands; of activations whose first axes are the
             mask's, what stands there is not counted.
@@ -177,6 +184,7 @@ class Observing:
     resumed: Observations | None = None
     checkpoint: Callable[[Observations], None] | None = None
     checkpoint_seconds: float = 30.0
+    halves: bool = False
 
 
 def observe(
@@ -207,6 +215,7 @@ def observe(
         padding_mask=how.padding_mask,
         feedback=model.feedback,
     )
+    seen = _dealt(seen) if how.halves else seen
     last_checkpoint = time.monotonic()
     for batch in batches:
         batch.check_finite(seen.n_samples)
@@ -214,11 +223,34 @@ def observe(
         values = session.run(batch.feed, batch.restart)
         seen = _add(seen, batch, values, (how.keep_batches, mask, maskable))
         if how.checkpoint and time.monotonic() - last_checkpoint >= how.checkpoint_seconds:
-            how.checkpoint(seen)
+            how.checkpoint(_settled(seen))
             last_checkpoint = time.monotonic()
     if seen.n_samples == 0:
         raise DataError("the calibration data holds no samples")
-    return seen
+    return _settled(seen)
+
+
+def _halved(
+    seen: Observations, halves: tuple[Counters, Counters], n_samples: tuple[int, ...]
+) -> Observations:
+    first, second = n_samples
+    return replace(seen, counters=Summed(halves), halves=halves, half_samples=(first, second))
+
+
+def _dealt(seen: Observations) -> Observations:
+    """``seen``, ready to be counted on in halves; as it is where too much is counted already."""
+    if seen.halves or seen.n_batches > 1:
+        return seen
+    return _halved(
+        seen, (seen.counters, {name: Counter() for name in seen.counters}), (seen.n_samples, 0)
+    )
+
+
+def _settled(seen: Observations) -> Observations:
+    """``seen`` without halves if one of them is empty."""
+    if not seen.halves or seen.n_batches > 1:
+        return seen
+    return replace(seen, counters=seen.halves[0], halves=(), half_samples=(0, 0))
 
 
 def _mask(batch: Batch, name: str | None, first: int) -> NDArray[np.bool_] | None:
@@ -257,22 +289,27 @@ def _add(
     mask of this one, and what it may fit."""
     keep_batches, mask, maskable = how
     whole = set(seen.unmasked)
+    half = seen.n_batches % 2
     kept = seen.batches
     if len(kept) < keep_batches:
         kept = (*kept, {name: Counter() for name in seen.counters})
+    counted = seen.halves[half] if seen.halves else seen.counters
     for name, array in values.items():
         fits = mask is not None and name in maskable and array.shape[: mask.ndim] == mask.shape
         if mask is not None and not fits:
             whole.add(name)
-        for counters in (seen.counters, *kept[len(seen.batches) :]):
+        for counters in (counted, *kept[len(seen.batches) :]):
             counters[name].update(array[mask] if fits else array)
-        _check_counter(name, seen.counters[name], seen.n_samples)
+        _check_counter(name, counted[name], seen.n_samples)
+    first, second = seen.half_samples
+    n = batch.n_samples if seen.halves else 0
     return replace(
         seen,
         n_samples=seen.n_samples + batch.n_samples,
         n_batches=seen.n_batches + 1,
         batches=kept,
         unmasked=tuple(sorted(whole)),
+        half_samples=(first, second + n) if half else (first + n, second),
     )
 
 
@@ -283,16 +320,3 @@ def _check_counter(name: str, counter: Counter, first: int) -> None:
             f"activation {name!r} becomes {what} in the batch that starts at sample {first}: "
             f"the float model overflows on this data, or the data is not preprocessed for it"
         )
-
-
-def _restore(arrays: NpzFile, key: str) -> Counter:
-    counter = Counter()
-    codes, counts = arrays[f"{key}.codes"], arrays[f"{key}.counts"]
-    if codes.dtype != np.uint16 or codes.shape != counts.shape or (counts < 0).any():
-        raise ValueError(f"{key} holds no counts of bfloat16 codes")
-    counter.counts[codes] = counts
-    counter.min, counter.max, *exact = map(float, arrays[f"{key}.exact"])
-    if len(counts) and not -np.inf < counter.min <= counter.max < np.inf:
-        raise ValueError(f"{key} lies between {counter.min} and {counter.max}")
-    counter.n_zero, counter.n_nan, counter.n_inf = map(int, exact)
-    return counter

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from calib.bounds import Verdict
 from calib.calibration import calibrate
 from calib.comparison import Comparison
 from calib.data import open_data
-from calib.files import uninterrupted, whole_file, writing
+from calib.files import uninterrupted, whole_file, write_texts, writing
 from calib.graph import Model, load_model
 from calib.observations import Observations
-from calib.report.document import number, versions
-from calib.resuming import check_checkpoint, checkpoint_path, observe_split, saved_observations
-from calib.run import Run, Split, check_outputs
+from calib.report.calibrated import calibration_document
+from calib.report.document import figures, number, plain, verdict_facts, versions
+from calib.report.page import render_page
+from calib.resuming import check_files, checkpoint_path, observe_split, saved_observations
+from calib.run import Run, Split
 from calib.table import CalibrationTable, dumps
 from calib.targets import Rules, make_plan
 from calib.verification import verify
-from calib.write import external_files, free_data_name, write_qdq
+from calib.write import Quantized, external_files, free_data_name, write_qdq
 
 _LOW_SQNR_DB = 10.0
 _LARGE_BYTES = 100_000_000
@@ -42,6 +44,8 @@ class Calibration:
         seconds: by stage.
         warnings: what makes the result doubtful.
         notes: what was changed or left out.
+        verdicts: on the bounds that were set.
+        kept: whether the model was written; not where a bound fails, unless it was told to.
     """
 
     output: Path
@@ -52,16 +56,35 @@ class Calibration:
     seconds: dict[str, float]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    kept: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether all bounds hold."""
+        return all(verdict.holds for verdict in self.verdicts)
 
     def summary(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        top1 = self.comparison.top1
+        top1, scores = self.comparison.top1, self.comparison.scores
         return {
             **self.table.to_json(),
-            "output": str(self.output),
+            "output": str(self.output) if self.kept else None,
             "output_sqnr_db": number(self.comparison.output_sqnr_db),
             "outputs_sqnr_db": {n: number(db) for n, db in self.comparison.sqnr_db.items()},
             "top1": top1 and {"float": top1.float_model, "quantized": top1.quantized_model},
+            **{
+                name: value
+                for name, value in figures(self.comparison).items()
+                if name in ("cosine", "max_error", "agreement")
+            },
+            "metric": scores
+            and {
+                "name": scores.name,
+                "float": scores.float_model,
+                "quantized": scores.quantized_model,
+            },
+            "verdicts": [verdict_facts(verdict) for verdict in self.verdicts],
             "compared_on": {"n_samples": self.comparison.n_samples, "held_out": self.held_out},
             "bytes": {"float": self.n_bytes[0], "quantized": self.n_bytes[1]},
             "seconds": self.seconds,
@@ -95,33 +118,114 @@ def calibrate_model(
         stage.large = loaded.n_bytes > _LARGE_BYTES
         plan = make_plan(loaded, rules)
         target = Path(output) if output else default_output(loaded, rules)
-        _check_files(target, loaded, data, run)
+        check_files([target], loaded, data, run)
         saved = saved_observations(loaded, run)
         split = Split.of(open_data(loaded, data, run.reading), run, saved)
     with stage("observe"):
-        observations = saved or observe_split(loaded, split, plan, rules)
+        seen = saved or observe_split(loaded, split, plan, rules, halves=run.report is not None)
     with stage("calibrate"):
-        table = calibrate(loaded, observations, plan, rules)
+        table = calibrate(loaded, seen, plan, rules)
         table = table.with_manifest(_manifest(table, rules, run, data))
     with stage("write"):
         quantized = write_qdq(loaded, table)
-    with _outputs(target, loaded, run) as (written, files):
-        with stage("save"), writing(target):
-            name = free_data_name(target, [run.summary, run.save_observations])
-            quantized = quantized.write(written, run.external_data, name)
-        with stage("verify"):
-            verify(loaded, quantized, written, split.first_batch(), run.runtime)
-        with stage("evaluate"):
-            comparison = split.compare(loaded, written)
-        sizes = loaded.n_bytes, sum(file.stat().st_size for file in written.parent.iterdir())
-        warnings = _warnings(table, comparison, data is None, saved is not None)
-        told = *loaded.notes, *quantized.notes, *split.all_notes, *comparison.notes
-        notes = (*told, *_observed_notes(observations, split))
-        calibration = Calibration(
-            target, table, comparison, split.held_out, sizes, stage.seconds, warnings, notes
+    warnings = _no_data(synthetic=data is None, observed=saved is not None)
+    return _Work(loaded, rules, split, seen, quantized, target, stage, warnings).written()
+
+
+@dataclass(slots=True)
+class _Work:
+    """A model that is ready to be written, and what else is written beside it."""
+
+    model: Model
+    rules: Rules
+    split: Split
+    observations: Observations
+    quantized: Quantized
+    target: Path
+    stage: _Stages
+    warnings: tuple[str, ...]
+
+    def written(self) -> Calibration:
+        """Writes all files; the model only if it keeps its bounds, or shall be kept anyway."""
+        run = self.split.run
+        try:
+            with _outputs(self.target, self.model, run) as (path, files):
+                made = self._measured(path)
+                if not (made.passed or run.keep_failed):
+                    raise _RejectedError
+                self._save_beside(made, files)
+        except _RejectedError:
+            made = replace(made, kept=False)
+            with ExitStack() as files:
+                self._save_beside(made, files)
+        return made
+
+    def _measured(self, path: Path) -> Calibration:
+        """The model at ``path``, written, verified, compared and judged."""
+        run, split, target = self.split.run, self.split, self.target
+        with self.stage("save"), writing(target):
+            name = free_data_name(target, [run.summary, run.save_observations, run.report])
+            quantized = self.quantized.write(path, run.external_data, name)
+        with self.stage("verify"):
+            verify(self.model, quantized, path, split.first_batch(), run.runtime)
+        with self.stage("evaluate"):
+            comparison = split.compare(self.model, path)
+        sizes = self.model.n_bytes, sum(file.stat().st_size for file in path.parent.iterdir())
+        told = *self.model.notes, *quantized.notes, *split.all_notes, *comparison.notes
+        return Calibration(
+            output=target,
+            table=quantized.table,
+            comparison=comparison,
+            held_out=split.held_out,
+            n_bytes=sizes,
+            seconds=self.stage.seconds,
+            warnings=(*self.warnings, *self._collapsed(comparison)),
+            notes=(*told, *_observed_notes(self.observations, split)),
+            verdicts=run.bounds.judge(comparison, sizes),
         )
-        _save_beside(calibration, observations, run, files)
-    return calibration
+
+    def _collapsed(self, comparison: Comparison) -> tuple[str, ...]:
+        sqnr_db = comparison.output_sqnr_db
+        if sqnr_db >= _LOW_SQNR_DB or self.warnings == _no_data(synthetic=True, observed=True):
+            return ()
+        worst = (f"{r.name!r} ({r.sqnr_db:.1f} dB)" for r in self.quantized.table.worst(3))
+        text = (
+            f"output SQNR is {sqnr_db:.1f} dB, accuracy has likely collapsed. Worst tensors: "
+            f"{', '.join(worst)}. Try more bits, --exclude for these, or another --method; "
+            f"octav-compare finds the layers that hurt"
+        )
+        return (text,)
+
+    def _save_beside(self, made: Calibration, files: ExitStack) -> None:
+        """Writes the other files that were asked for; they appear together."""
+        run = self.split.run
+        if run.save_observations is not None:
+            with writing(run.save_observations):
+                self.observations.write(files.enter_context(whole_file(run.save_observations)))
+        texts = {}
+        if run.summary is not None:
+            texts[run.summary] = dumps(made.summary(), indent=2) + "\n"
+        if run.report is not None:
+            texts[run.report] = render_page(self._document(made))
+        write_texts(texts, files)
+
+    def _document(self, made: Calibration) -> dict[str, Any]:
+        """What the report shows."""
+        facts = {
+            "rules": self.rules,
+            "command": self.split.run.command,
+            "held_out": made.held_out,
+            "seconds": made.seconds,
+            "warnings": made.warnings,
+            "notes": made.notes,
+            "verdicts": [verdict_facts(verdict) for verdict in made.verdicts],
+        }
+        seen, table = self.observations, made.table
+        return calibration_document(self.model, seen, table, made.comparison, facts)
+
+
+class _RejectedError(Exception):
+    """A bound fails: what was written goes."""
 
 
 @contextmanager
@@ -154,37 +258,15 @@ def _observed_notes(observations: Observations, split: Split) -> Iterator[str]:
         )
 
 
-def _save_beside(
-    calibration: Calibration, observations: Observations, run: Run, files: ExitStack
-) -> None:
-    """Writes the other files that were asked for; they appear with the model."""
-    if run.save_observations is not None:
-        with writing(run.save_observations):
-            observations.write(files.enter_context(whole_file(run.save_observations)))
-    if run.summary is not None:
-        text = dumps(calibration.summary(), indent=2) + "\n"
-        with writing(run.summary):
-            files.enter_context(whole_file(run.summary)).write_text(text, "utf-8")
-
-
-def _check_files(target: Path, model: Model, data: object, run: Run) -> None:
-    """Raises `OutputError` if a file cannot be written, or must not be overwritten."""
-    paths = [data if isinstance(data, str | Path) else None, run.observations, run.reading.labels]
-    others = (Path(path) for path in paths if path is not None)
-    inputs = [*model.files, *others, *run.runtime.custom_ops, *run.protected]
-    check_outputs([target, run.save_observations, run.summary], inputs, run)
-    check_checkpoint(run)
-
-
 def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> dict[str, Any]:
     source = Path(data).name if isinstance(data, str | Path) else type(data).__name__
     return {
         "options": {
-            **_plain(asdict(rules)),
+            **plain(asdict(rules)),
             "data": None if data is None else source,
             "samples": run.samples,
-            **_plain(asdict(run.reading)),
-            **_plain(asdict(run.runtime)),
+            **plain(asdict(run.reading)),
+            **plain(asdict(run.runtime)),
             "feedback": dict(run.feedback),
             "padding_mask": run.padding_mask,
             "external_data": run.external_data,
@@ -196,31 +278,16 @@ def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> 
     }
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON can hold them; files by their names."""
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=lambda path: path.name))
-    return plain
-
-
-def _warnings(
-    table: CalibrationTable, comparison: Comparison, synthetic: bool, observed: bool
-) -> tuple[str, ...]:
-    warnings = []
-    if synthetic and not observed:
-        warnings.append(
-            "NO DATA: activations were calibrated on made-up inputs. The model is good for smoke "
-            "tests only; give --data"
-        )
-    elif synthetic:
-        warnings.append("NO DATA: the models were compared on made-up inputs; give --data")
-    sqnr_db = comparison.output_sqnr_db
-    if sqnr_db < _LOW_SQNR_DB and not (synthetic and observed):
-        worst = ", ".join(f"{r.name!r} ({r.sqnr_db:.1f} dB)" for r in table.worst(3))
-        warnings.append(
-            f"output SQNR is {sqnr_db:.1f} dB, accuracy has likely collapsed. Worst tensors: "
-            f"{worst}. Try more bits, --exclude for these, or another --method"
-        )
-    return tuple(warnings)
+def _no_data(*, synthetic: bool, observed: bool) -> tuple[str, ...]:
+    if not synthetic:
+        return ()
+    if observed:
+        return ("NO DATA: the models were compared on made-up inputs; give --data",)
+    text = (
+        "NO DATA: activations were calibrated on made-up inputs. The model is good for smoke tests "
+        "only; give --data"
+    )
+    return (text,)
 
 
 @dataclass(slots=True)

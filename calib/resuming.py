@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from calib.counterfile import is_checkpoint
 from calib.errors import ObservationsError, OutputError
 from calib.graph import Model, quantizable_uses
-from calib.observations import Observations, Observing, is_checkpoint, observe
-from calib.run import Run, Split
+from calib.observations import Observations, Observing, observe
+from calib.run import Run, Split, check_outputs
 from calib.targets import Plan, Rules
 
 
-def observe_split(model: Model, split: Split, plan: Plan, rules: Rules) -> Observations:
+def observe_split(
+    model: Model, split: Split, plan: Plan, rules: Rules, *, halves: bool = False
+) -> Observations:
     """Counters of what the plan needs; of all there is, where they are saved for other plans too.
 
     What is saved is saved now and then on the way, and a run that was cut off goes on from there.
+    It always has ``halves`` of the samples, too; what is not saved has them if asked for.
     """
     run, names, keep = split.run, plan.activations, rules.reduction.kept_batches
     how = Observing(keep, run.runtime, run.padding_mask)
+    how = replace(how, halves=halves or run.save_observations is not None)
     if run.save_observations is None:
         return observe(model, split.calibration(), names, how)
     uses, _ = quantizable_uses(model)
     names = tuple(dict.fromkeys(use.tensor for use in uses if use.kind == "activation"))
     if split.source.identity is None or model.feedback:
         return observe(model, split.calibration(), names, how)
-    parts = split.source.identity, split.n_calibration, names, keep, run.padding_mask
+    parts = split.source.identity, split.n_calibration, names, keep, run.padding_mask, "halves"
     identity = hashlib.sha256(repr(parts).encode()).hexdigest()
     path = checkpoint_path(run.save_observations)
     resumed = _resumed(path, model, identity, split)
@@ -57,9 +63,18 @@ def saved_observations(model: Model, run: Run) -> Observations | None:
     return saved
 
 
-def check_checkpoint(run: Run) -> None:
-    """Raises `OutputError` if something else stands where observations would be saved on the way,
-    and must not be overwritten."""
+def check_files(outputs: Sequence[Path | None], model: Model, data: object, run: Run) -> None:
+    """Raises `OutputError` if one of ``outputs`` or of the files that ``run`` names cannot be
+    written, or must not be overwritten."""
+    paths = [data if isinstance(data, str | Path) else None, run.observations, run.reading.labels]
+    others = (Path(path) for path in paths if path is not None)
+    inputs = [*model.files, *others, *run.runtime.custom_ops, *run.protected]
+    check_outputs([*outputs, run.save_observations, run.summary, run.report], inputs, run)
+    _check_checkpoint(run)
+
+
+def _check_checkpoint(run: Run) -> None:
+    """Something else may stand where observations would be saved on the way."""
     if run.save_observations is None or run.force:
         return
     path = checkpoint_path(run.save_observations)

@@ -56,6 +56,7 @@ class Run:
         keep_failed: write it all the same.
         metric: ``package.module:function``, see `calib.metric.load_metric`.
         report: file to write a page on all of it to.
+        command: what was typed, for the report.
         force: overwrite files that exist.
         progress: called with a stage and its number of samples; gives a function to advance it.
     """
@@ -75,6 +76,7 @@ class Run:
     keep_failed: bool = False
     metric: str | None = None
     report: Path | None = None
+    command: str = ""
     force: bool = False
     progress: Progress = _silent
 

@@ -7,14 +7,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
 from calib.errors import CalibError, one_line
 
+from ._completion import complete, is_asked
 from ._supervise import Terminated, supervised
 
+MISSED = 1  # a bound that the user set
 BAD_INPUT = 2
 _INTERRUPTED = 130
 _TERMINATED = 143
@@ -23,17 +25,23 @@ _TERMINATED = 143
 def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
     """Runs ``command`` and returns its exit code: 0 done, 2 bad input, 130 interrupted, 143
     terminated. With the arguments of the process itself, in a worker process."""
-    if arguments is None:
-        return supervised(lambda: _run(command, name, None), name)
-    return _run(command, name, arguments)
+
+    def work() -> object:
+        return command.main(args=arguments, prog_name=name, standalone_mode=False)
+
+    if arguments is not None:
+        return _guarded(work, name)
+    if instruction := is_asked(name):
+        return _guarded(lambda: complete(command, name, instruction), name)
+    return supervised(lambda: _guarded(work, name), name)
 
 
-def _run(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
+def _guarded(work: Callable[[], object], name: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal cannot show
             stream.reconfigure(errors="replace")
     try:
-        code = command.main(args=arguments, prog_name=name, standalone_mode=False)
+        code = work()
         if sys.stdout is not None:
             sys.stdout.flush()
     except (click.ClickException, CalibError) as error:

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from ._completion import any_file, method, one_of
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -56,11 +58,16 @@ GROUPS: dict[str, list[click.Option]] = {
             "samples, and optionally 'labels'; an .npy for a single input; a folder of images, of "
             "such files, or of ONNX test data; or "
             "package.module:function, which gives batches. Without it: made-up inputs.",
+            shell_complete=any_file,
         ),
         _file("--labels", "CSV file with the class of each image."),
         _option("--resize", "Images: the shorter side, 256, or height x width, 240x320.", "SIZE"),
         _option("--crop", "From the centre: 224 or 240x320; or 87.5%, before resizing.", "SIZE"),
-        _option("--color", "rgb, bgr or gray.  [default: what the model's channels say]"),
+        _option(
+            "--color",
+            "rgb, bgr or gray.  [default: what the model's channels say]",
+            shell_complete=one_of("rgb", "bgr", "gray"),
+        ),
         _option(
             "--pixel-scale",
             "Pixels of 0 to 255 are multiplied by it.  [default: 1/255; 1 for integer inputs]",
@@ -68,7 +75,11 @@ GROUPS: dict[str, list[click.Option]] = {
         ),
         _option("--mean", "Then subtracted: one number, or one a channel: 0.5,0.4,0.4", "NUMBERS"),
         _option("--std", "Then divided by, likewise.", "NUMBERS"),
-        _option("--layout", "nchw or nhwc.  [default: what the model's input shape says]"),
+        _option(
+            "--layout",
+            "nchw or nhwc.  [default: what the model's input shape says]",
+            shell_complete=one_of("nchw", "nhwc"),
+        ),
         _whole("--samples", "Calibrate on the first N, compare on the rest."),
         _whole("--batch-size", "Samples a feed, where the model leaves that free.  [default: 32]"),
         _whole("--seed", "Of made-up inputs.  [default: 0]"),
@@ -90,14 +101,20 @@ GROUPS: dict[str, list[click.Option]] = {
             "--method",
             "octav, percentile, mse, max, entropy or a plug-in; with a parameter: "
             "percentile:99.9.  [default: octav]",
+            shell_complete=method,
         ),
-        _option("--weight-method", "Another method for weights."),
+        _option("--weight-method", "Another method for weights.", shell_complete=method),
         _option("--percentile", "Of --method percentile.  [default: 99.99]", "P", type=float),
-        _option("--weight-granularity", "per-channel or per-tensor.  [default: per-channel]"),
+        _option(
+            "--weight-granularity",
+            "per-channel or per-tensor.  [default: per-channel]",
+            shell_complete=one_of("per-channel", "per-tensor"),
+        ),
         _option(
             "--reduce",
             "pool: one threshold from all samples; mean: the mean of one for each first batch.  "
             "[default: pool]",
+            shell_complete=one_of("pool", "mean"),
         ),
         _whole("--mean-batches", "Batches of --reduce mean.  [default: 5]"),
     ],
@@ -131,6 +148,7 @@ GROUPS: dict[str, list[click.Option]] = {
             "--external-data",
             "Weights in a file beside the model: auto (where the float model has them there, or "
             "beyond 1 GB), always or never.  [default: auto]",
+            shell_complete=one_of("auto", "always", "never"),
         ),
         _flag("force", "Overwrite files that exist."),
     ],

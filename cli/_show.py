@@ -33,7 +33,7 @@ def show_calibration(result: Calibration, verbose: bool) -> None:
     unseen = f"{n_samples} samples that calibration did not see"
     seen = unseen if result.held_out else f"{n_samples} of the calibration samples"
     rows = [
-        ("model", str(result.output)),
+        ("model", str(result.output) if result.kept else "not written: a bound fails"),
         ("quantized", _census(result)),
         ("kept float", _skipped_text(result.table.skipped)),
         ("size", f"{_kilobytes(before)} -> {_kilobytes(after)} ({after / before:.0%})"),
@@ -44,6 +44,11 @@ def show_calibration(result: Calibration, verbose: bool) -> None:
         rows.append(
             ("top-1", f"float {top1.float_model:.2f} %, quantized {top1.quantized_model:.2f} %")
         )
+    if comparison.scores is not None:
+        scores = comparison.scores
+        text = f"float {scores.float_model:.6g}, quantized {scores.quantized_model:.6g}"
+        rows.append(("metric", text))
+    rows.extend(("bound", verdict.text) for verdict in result.verdicts)
     stages = ", ".join(f"{stage} {s:.1f}" for stage, s in result.seconds.items())
     rows.append(("seconds", stages))
     rows.extend(("note", note) for note in result.notes)

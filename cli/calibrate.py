@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from calib.errors import DataError, OptionError
+from calib.errors import DataError
 
-from ._main import run, set_verbosity
+from ._main import MISSED, run, set_verbosity
 from ._options import GROUPS, MODEL, GroupedCommand
+from ._settings import named_settings, read_settings, typed
 
 if TYPE_CHECKING:
     from calib.config import Config
@@ -41,7 +39,7 @@ Examples:
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="octav-calibrate", message="%(prog)s %(version)s")
-def command(config: Path | None, print_config: bool, **options: Any) -> None:
+def command(config: Path | None, print_config: bool, **options: Any) -> int:
     """Calibrate the ONNX model MODEL and write it with QuantizeLinear/DequantizeLinear
     nodes and integer weights, verified in onnxruntime and compared with the float model.
 
@@ -49,46 +47,18 @@ def command(config: Path | None, print_config: bool, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value not in (None, (), {})}
     if config is None and "model" not in given and not print_config:
         raise click.UsageError("Missing argument 'MODEL'")
-    job = _read(config, given)
+    job = read_settings(config, given)
     if print_config:
         click.echo(job.to_yaml(), nl=False)
-        return
+        return 0
     if job.model is None:
         raise click.UsageError(f"Missing argument 'MODEL', and {config} names no 'model'")
     set_verbosity(job.verbose)
-    with _named(config, given):
-        if job.dry_run:
-            _dry_run(job, job.to_rules())
-        else:
-            _calibrate(job, job.model, config)
-
-
-def _read(config: Path | None, given: Mapping[str, object]) -> Config:
-    with warnings.catch_warnings():  # of what is imported; whether --verbose is not known yet
-        warnings.simplefilter("ignore")
-        from calib.config import Config
-
-        return (Config() if config is None else Config.read(config)).over(given)
-
-
-@contextmanager
-def _named(config: Path | None, given: Mapping[str, object]) -> Iterator[None]:
-    """An error that begins with a setting of the file, and not of the command line, names the
-    file."""
-    try:
-        yield
-    except OptionError as error:
-        setting = re.match(r"-*([a-z-]+)", str(error))
-        name = setting.group(1).replace("-", "_") if setting else ""
-        if config is None or name in given or not _is_set(config, name):
-            raise
-        raise OptionError(f"{config}: {str(error).lstrip('-')}") from error
-
-
-def _is_set(config: Path, name: str) -> bool:
-    from calib.config import Config
-
-    return getattr(Config.read(config), name, None) != getattr(Config(), name, None)
+    with named_settings(config, given):
+        if not job.dry_run:
+            return _calibrate(job, job.model, config)
+        _dry_run(job, job.to_rules())
+        return 0
 
 
 def _dry_run(job: Config, rules: Rules) -> None:
@@ -104,18 +74,25 @@ def _dry_run(job: Config, rules: Rules) -> None:
     show_plan(plan)
 
 
-def _calibrate(job: Config, model: Path, config: Path | None) -> None:
+def _calibrate(job: Config, model: Path, config: Path | None) -> int:
     from calib.pipeline import calibrate_model
 
     from ._show import progress_bar, show_calibration, show_warnings
 
-    settings = replace(job.to_run(), protected=() if config is None else (config,))
+    protected = () if config is None else (config,)
+    settings = replace(job.to_run(), protected=protected, command=typed(_NAME))
     if not job.quiet:
         settings = replace(settings, progress=progress_bar)
     result = calibrate_model(model, job.data, job.to_rules(), job.output, settings)
     show_warnings(result.warnings)
     if not job.quiet and sys.stdout is not None:
         show_calibration(result, job.verbose)
+    for verdict in result.verdicts:
+        if not verdict.holds:
+            print(f"{_NAME}: failed: {verdict.text}", file=sys.stderr)
+    if not result.kept:
+        print(f"{_NAME}: no model was written; --keep-failed would", file=sys.stderr)
+    return 0 if result.passed else MISSED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

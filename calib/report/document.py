@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from calib.bounds import Verdict
+from calib.comparison import Comparison
 
 SCHEMA = 1
 
@@ -55,6 +59,48 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON can hold them; files by their names."""
+    values: dict[str, Any] = json.loads(json.dumps(settings, default=lambda path: path.name))
+    return values
+
+
 def number(value: float | None) -> float | None:
     """``value`` as JSON can hold it: None where it is not finite."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def verdict_facts(verdict: Verdict) -> dict[str, Any]:
+    """What one bound demands, and whether it is met."""
+    return {
+        "bound": verdict.bound,
+        "limit": verdict.limit,
+        "found": number(verdict.found),
+        "holds": verdict.holds,
+        "text": verdict.text,
+    }
+
+
+def figures(comparison: Comparison | None) -> dict[str, float | None]:
+    """What one comparison says of the quantized model, each of its worst output."""
+    if comparison is None:
+        names = ("sqnr_db", "cosine", "max_error", "agreement", "top1", "metric")
+        return dict.fromkeys(names)
+    c = comparison
+    return {
+        "sqnr_db": number(c.output_sqnr_db),
+        "cosine": min(c.cosine.values(), default=None),
+        "max_error": number(max(c.max_error.values(), default=None)),
+        "agreement": c.agreement,
+        "top1": c.top1.quantized_model if c.top1 else None,
+        "metric": c.scores.quantized_model if c.scores else None,
+    }
+
+
+def float_facts(comparison: Comparison | None) -> dict[str, float | None]:
+    """What one comparison says of the float model."""
+    top1, scores = comparison and comparison.top1, comparison and comparison.scores
+    return {
+        "top1": top1.float_model if top1 else None,
+        "metric": scores.float_model if scores else None,
+    }

@@ -1,0 +1,106 @@
+"""The float model's outputs, computed once, to compare any number of quantized models with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import numpy as np
+
+from calib.arrays import Batch
+from calib.capture import Runtime, Session, Source, Values
+from calib.comparison import Comparison, Scores, Totals
+from calib.errors import OutputError, one_line
+from calib.graph import Model
+from calib.metric import load_metric, score
+
+Advance = Callable[[int], None]
+
+
+class Reference:
+    """Outputs of the float model on some samples. They lie on disk, in a file without a name, so
+    that memory does not grow with the number of samples.
+
+    Args:
+        model: the float model, which is run once.
+        batches: gives the same batches at every call.
+        runtime: how to execute.
+        metric: ``package.module:function`` to judge all models by, see `calib.metric`.
+        first: number of the first sample, for error messages.
+
+    Raises:
+        DataError: if the data holds NaN or infinity, or the metric fails.
+        OutputError: if the disk is full.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batches: Callable[[], Iterator[Batch]],
+        runtime: Runtime | None = None,
+        *,
+        metric: str | None = None,
+        first: int = 0,
+    ):
+        self._model, self._batches, self._runtime = model, batches, runtime
+        self._metric, self._first = metric, first
+        self._names: list[tuple[str, ...]] = []
+        self._tape = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this does
+        session = self._session(model.path)
+        self.n_samples = 0
+        for batch in batches():
+            batch.check_finite(first + self.n_samples)
+            self.n_samples += batch.n_samples
+            self._record(session.run(batch.feed, batch.restart))
+        self.score = self._score(session)
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tape.close()
+
+    def compare(
+        self, quantized: Source, shown: AbstractContextManager[Advance] | None = None
+    ) -> Comparison:
+        """The float model against another one, at onnxruntime's default level.
+
+        Raises:
+            VerificationError: if an output holds NaN.
+            ModelError: if onnxruntime cannot load or run it.
+            DataError: as the class, or if labels do not fit.
+        """
+        session = self._session(quantized)
+        totals = Totals()
+        self._tape.seek(0)
+        with shown or nullcontext(lambda _n: None) as advance:
+            for batch, names in zip(self._batches(), self._names, strict=True):
+                expected = {name: np.lib.format.read_array(self._tape) for name in names}
+                totals.add(batch, expected, session.run(batch.feed, batch.restart))
+                advance(batch.n_samples)
+        comparison = totals.comparison()
+        found = self._score(session)
+        if self._metric is None or self.score is None or found is None:
+            return comparison
+        return replace(comparison, scores=Scores(self._metric, self.score, found))
+
+    def _session(self, model: Source) -> Session:
+        return Session(model, self._runtime, feedback=self._model.feedback)
+
+    def _record(self, outputs: Values) -> None:
+        try:
+            for array in outputs.values():
+                np.lib.format.write_array(self._tape, np.asarray(array), allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{tempfile.gettempdir()}: outputs of the float model cannot be kept: "
+                f"{one_line(error)}; let TMPDIR name a folder with room"
+            ) from error
+        self._names.append(tuple(outputs))
+
+    def _score(self, session: Session) -> float | None:
+        if self._metric is None:
+            return None
+        return score(load_metric(self._metric), self._metric, session, self._batches())

@@ -1,0 +1,1 @@
+"""What was found, as one document and as one page."""
