@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calib.bounds import Bounds as Bounds
     from calib.calibration import calibrate as calibrate
     from calib.calibrators import Calibrator as Calibrator
     from calib.comparison import Comparison as Comparison
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from calib.distribution import Histogram as Histogram
     from calib.distribution import Samples as Samples
     from calib.errors import CalibError as CalibError
+    from calib.gate import Check as Check
+    from calib.gate import check_models as check_models
     from calib.graph import Model as Model
     from calib.graph import load_model as load_model
     from calib.images import Preprocessing as Preprocessing
@@ -40,12 +43,21 @@ if TYPE_CHECKING:
     from calib.rules import TensorRule as TensorRule
     from calib.rules import Widths as Widths
     from calib.run import Run as Run
+    from calib.survey import Candidates as Candidates
+    from calib.survey import Survey as Survey
+    from calib.surveying import compare_methods as compare_methods
     from calib.table import CalibrationTable as CalibrationTable
     from calib.targets import make_plan as make_plan
     from calib.verification import verify as verify
     from calib.write import write_qdq as write_qdq
 
 _HOME = {
+    "Bounds": "bounds",
+    "Candidates": "survey",
+    "Check": "gate",
+    "Survey": "survey",
+    "check_models": "gate",
+    "compare_methods": "surveying",
     "calibrate": "calibration",
     "Calibrator": "calibrators",
     "Config": "config",

@@ -74,8 +74,9 @@ class Confidence:
             return f"{found}; {names} were seen in one half only: more samples are needed"
         if not self.unsure:
             return f"{found}: more samples would change little"
-        n, of = len(self.unsure), len(percents)
-        return f"{found}, {n} of {of} by more than {ENOUGH_PERCENT:g} %: more samples are needed"
+        n, of, worst = len(self.unsure), len(percents), self.tensors[0].name
+        beyond = f"{n} of {of} by more than {ENOUGH_PERCENT:g} %, {worst!r} most"
+        return f"{found}, {beyond}: more samples are needed"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

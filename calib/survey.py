@@ -1,39 +1,25 @@
-"""Every method at every width from one pass over the data, and what to do about the worst."""
+"""What a comparison of methods and widths is about, and what it finds."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from calib.arrays import Batch
-from calib.calibration import calibrate
 from calib.calibrators import make
 from calib.comparison import Comparison
-from calib.confidence import Confidence, confidence
-from calib.curves import Profile, profiles
-from calib.data import open_data
-from calib.errors import ModelError, OptionError, VerificationError
-from calib.graph import Model, load_model
-from calib.iterables import Batches
+from calib.confidence import Confidence
+from calib.curves import Profile
+from calib.errors import OptionError
+from calib.graph import Model
 from calib.observations import Observations
-from calib.proposals import Proposal, propose
+from calib.proposals import Proposal
 from calib.qtypes import check_width
-from calib.reference import Reference
-from calib.resuming import check_files, observe_split, saved_observations
-from calib.rules import Rules, Widths
-from calib.run import Run, Split
-from calib.sensitivity import Sensitivity, sensitivity
+from calib.rules import Rules
+from calib.run import Run
+from calib.sensitivity import Sensitivity
 from calib.table import CalibrationTable
-from calib.targets import make_plan
-from calib.write import write_qdq
 
 _WIDE_BITS = 8
 _WIDEST_BITS = 16
-_MOST_BYTES = 1_000_000_000  # a switchable model holds its weights three times
-_TRIAL_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,186 +135,3 @@ class Survey:
 def wide_bits(bits: int) -> int:
     """The width for tensors that do not bear ``bits``: 8, above that 16."""
     return _WIDE_BITS if bits < _WIDE_BITS else _WIDEST_BITS
-
-
-def compare_methods(
-    model: str | Path,
-    data: object = None,
-    candidates: Candidates | None = None,
-    rules: Rules | None = None,
-    run: Run | None = None,
-) -> Survey:
-    """All ``candidates``, from one observation pass over ``data``; no model is written.
-
-    Every row is a QDQ model in memory, run by onnxruntime at its default level.
-
-    Args:
-        model: an ONNX file; only read.
-        data: see `calib.data.open_data`; None for synthetic inputs.
-        candidates: methods and widths.
-        rules: what is quantized; ``widths`` but for ``edge``, and the methods, are overruled.
-        run: samples, batch size, threads and the like.
-
-    Raises:
-        CalibError: one of its kinds, in one line.
-    """
-    job = _Job(candidates or Candidates(), rules or Rules(), run or Run())
-    with job.stage("load"):
-        loaded = load_model(model, job.run.feedback)
-        plan = make_plan(loaded, job.rules)
-        check_files([], loaded, data, job.run)
-        saved = saved_observations(loaded, job.run)
-        split = job.split = Split.of(open_data(loaded, data, job.run.reading), job.run, saved)
-    with job.stage("observe"):
-        seen = saved or observe_split(loaded, split, plan, job.rules, halves=True)
-    with job.stage("calibrate"):
-        rows = job.calibrated(loaded, seen)
-    with job.stage("profile"):
-        shapes = profiles(loaded, seen, plan.specs, job.candidates.bits)
-        sure = confidence(loaded, seen, make_plan(loaded, job.lowest), job.lowest)
-    with _reference(loaded, split) as reference:
-        with job.stage("evaluate"):
-            rows = _with_gains(tuple(job.evaluated(loaded, row, reference) for row in rows))
-        with job.stage("sensitivity"):
-            found, proposals = job.mended(loaded, seen, data, reference)
-    notes = (*loaded.notes, *split.all_notes, *job.notes)
-    return Survey(
-        model=loaded,
-        candidates=job.candidates,
-        rows=rows,
-        profiles=shapes,
-        sensitivity=found,
-        proposals=proposals,
-        confidence=sure,
-        held_out=split.held_out,
-        observations=seen,
-        notes=notes,
-        warnings=job.warnings(data, saved),
-        seconds=job.seconds,
-        rules=job.rules,
-        run=job.run,
-    )
-
-
-def _reference(model: Model, split: Split) -> Reference:
-    first = (split.n_calibration or 0) if split.held_out else 0
-    run = split.run
-    return Reference(model, split.evaluation, run.runtime, metric=run.metric, first=first)
-
-
-def _with_gains(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    most = {row.bits: row.sqnr_db for row in rows if row.method == "max"}
-    return tuple(
-        replace(row, gain_db=row.sqnr_db - base)
-        if row.sqnr_db is not None and (base := most.get(row.bits)) is not None
-        else row
-        for row in rows
-    )
-
-
-class _Job:
-    """What the stages of one survey share."""
-
-    def __init__(self, candidates: Candidates, rules: Rules, run: Run):
-        self.candidates, self.rules, self.run = candidates, rules, run
-        self.split: Split | None = None
-        self.notes: list[str] = []
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times the block."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-    def warnings(self, data: object, saved: Observations | None) -> tuple[str, ...]:
-        """What makes the result doubtful."""
-        if data is not None:
-            return ()
-        what = "activations were calibrated, and the models" if saved is None else "the models were"
-        return (f"NO DATA: {what} compared on made-up inputs; give --data",)
-
-    def rules_for(self, method: str, bits: int) -> Rules:
-        """The rules with another method and width."""
-        widths = Widths(bits, bits, self.rules.widths.edge)
-        return replace(self.rules, widths=widths, method=method, weight_method=None)
-
-    @property
-    def lowest(self) -> Rules:
-        """The first method at the lowest width, which the details are about."""
-        return self.rules_for(self.candidates.methods[0], min(self.candidates.bits))
-
-    def calibrated(self, model: Model, observations: Observations) -> tuple[Row, ...]:
-        """The thresholds of every row."""
-        rows = []
-        for bits in self.candidates.bits:
-            for method in self.candidates.methods:
-                start = time.perf_counter()
-                table = self._table(model, observations, self.rules_for(method, bits))
-                rows.append(Row(method, bits, table, None, time.perf_counter() - start))
-        return tuple(rows)
-
-    def _table(self, model: Model, observations: Observations, rules: Rules) -> CalibrationTable:
-        return calibrate(model, observations, make_plan(model, rules), rules)
-
-    def evaluated(self, model: Model, row: Row, reference: Reference) -> Row:
-        """The row with what its model does to the outputs."""
-        try:
-            return replace(row, comparison=self._compare(model, row.table, reference))
-        except (ModelError, VerificationError) as error:
-            note = f"{row.method} at {row.bits} bits: {error}"
-            self.notes.append(note)
-            return replace(row, notes=(note,))
-
-    def _compare(self, model: Model, table: CalibrationTable, reference: Reference) -> Comparison:
-        shown = self.run.progress("evaluate", reference.n_samples)
-        return reference.compare(write_qdq(model, table).ir, shown)
-
-    def mended(
-        self, model: Model, observations: Observations, data: object, reference: Reference
-    ) -> tuple[Sensitivity | None, tuple[Measured, ...]]:
-        """What each tensor does to the output, and what the proposals bring."""
-        if not self.candidates.sensitivity:
-            return None, ()
-        if model.n_bytes > _MOST_BYTES:
-            self.notes.append(
-                f"sensitivity was not measured: of models beyond {_MOST_BYTES / 1e9:g} GB it would "
-                f"hold the weights three times"
-            )
-            return None, ()
-        wide = wide_bits(self.lowest.widths.weights)
-        narrow = self._table(model, observations, self.lowest)
-        wider = self._table(model, observations, _widened(self.lowest, wide))
-        try:
-            found = sensitivity(model, narrow, wider, self._trials(model, data), self.run.runtime)
-            before = self._compare(model, narrow, reference)
-            return found, tuple(
-                Measured(one, before, self._with_rules(model, observations, one.rules, reference))
-                for one in propose(found, self.lowest, narrow, wide)
-            )
-        except (ModelError, VerificationError) as error:
-            self.notes.append(f"sensitivity was not measured: {error}")
-            return None, ()
-
-    def _with_rules(
-        self, model: Model, observations: Observations, rules: Rules, reference: Reference
-    ) -> Comparison:
-        return self._compare(model, self._table(model, observations, rules), reference)
-
-    def _trials(self, model: Model, data: object) -> Iterator[Batch]:
-        """Calibration samples in small batches, as far as the source allows."""
-        assert self.split is not None
-        source = self.split.source
-        if isinstance(source, Batches):
-            return iter([self.split.first_batch()]) if source.once_only else source.batches()
-        reading = self.run.reading
-        small = replace(reading, batch_size=min(_TRIAL_BATCH, reading.batch_size))
-        return open_data(model, data, small).batches(0, self.split.n_calibration)
-
-
-def _widened(rules: Rules, bits: int) -> Rules:
-    """The rules with every tensor at ``bits`` at least."""
-    edge = None if rules.widths.edge is None else max(bits, rules.widths.edge)
-    overrides = (replace(rule, bits=rule.bits and max(bits, rule.bits)) for rule in rules.overrides)
-    return replace(rules, widths=Widths(bits, bits, edge), overrides=tuple(overrides))

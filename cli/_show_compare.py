@@ -33,6 +33,8 @@ def show_survey(survey: Survey, files: tuple[Path, ...], verbose: bool) -> None:
         console.print(_proposal(measured), soft_wrap=True)
         if verbose:
             console.print(escape(measured.proposal.yaml), soft_wrap=True)
+    if survey.proposals and not verbose:
+        console.print("[dim]the rules for octav.yaml: --verbose prints them, --report has them[/]")
     grid = Table.grid(padding=(0, 2))
     for title, text in (*(("written", str(path)) for path in files), *_facts(survey)):
         grid.add_row(f"[bold]{title}[/]", escape(text))

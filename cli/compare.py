@@ -136,7 +136,7 @@ def _methods(text: str) -> tuple[str, ...]:
 
 def _compare(job: Config, candidates: Candidates, json: Path | None, config: Path | None) -> None:
     from calib.report.surveyed import save_survey
-    from calib.survey import compare_methods
+    from calib.surveying import compare_methods
 
     from ._show import progress_bar, show_warnings
     from ._show_compare import show_survey

@@ -77,6 +77,7 @@ FLOW = (
     "report.calibrated",
     "pipeline",
     "survey",
+    "surveying",
     "report.surveyed",
     "testing",
 )

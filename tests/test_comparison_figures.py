@@ -109,19 +109,18 @@ def test_outputs_of_another_shape_are_an_error(save: Save) -> None:
 
 
 def test_elements_of_a_list_that_are_missing_are_an_error(save: Save) -> None:
-    text = """(float[N,6] x) => (seq(float[N,K]) y) <int64 size = {{{0}}}> {{
-      y = SplitToSequence<axis=1>(x, size) }}"""
-    paths = [save(parsed(text.format(size), {"size": np.array(size, np.int64)})) for size in (2, 3)]
+    text = """(float[N,6] x) => (seq(float[N,K]) y) { y = SplitToSequence<axis=1>(x, size) }"""
+    paths = [save(parsed(text, {"size": np.array(size, np.int64)})) for size in (2, 3)]
     with pytest.raises(VerificationError) as caught:
         evaluate(load_model(paths[0]), paths[1], [Batch({"x": values(4, 6)})])
     assert "'y[0]' of the quantized model has shape [4, 3]" in str(caught.value)
-    one = save(parsed(text.format(6), {"size": np.array(6, np.int64)}))
+    one = save(parsed(text, {"size": np.array(6, np.int64)}))
     three = load_model(paths[0])
     with pytest.raises(VerificationError, match=r"^output 'y\[0\]' of the quantized"):
         evaluate(three, one, [Batch({"x": values(4, 6)})])
 
 
-def test_an_error_of_onnxruntime_names_the_model_that_it_is_about(load: Load, save: Save) -> None:
+def test_an_error_of_onnxruntime_names_the_model_that_it_is_about(save: Save) -> None:
     fixed = save(MODELS["fixed_batch_4"]())
     free = save(parsed("(float[N,6] x) => (float[N,6] y) { y = Relu(x) }"))
     for one, other in ((free, fixed), (fixed, free)):

@@ -13,7 +13,7 @@ import pytest
 from check_models import DATA, FLOAT, changed, digits_by_onnxruntime, digits_qdq, layers
 from cli_models import N_CALIBRATION, contents, load_digits
 from conftest import Save
-from models import MODELS, feed_for, parsed, values
+from models import MODELS, feed_for, parsed
 from onnx import TensorProto, helper
 
 from calib.bounds import Bounds
@@ -119,14 +119,14 @@ def test_the_first_broken_layer_is_named(tmp_path: Path) -> None:
     assert not check.passed
     part = check.document()["check"]
     assert part["first"]["name"] == "block2.second.bn.out"
-    assert part["first"]["before_db"] > 30 > 20 > part["first"]["sqnr_db"]
+    assert part["first"]["sqnr_db"] < 20 < part["first"]["before_db"]
 
 
 def test_nan_fails_every_bound_but_the_size_and_names_the_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    _, scale = layers(digits_qdq())["block1.first.bn.out"]
+    _, scale = layers(digits_qdq())["logits"]
     broken = changed(digits_qdq(), tmp_path / "broken.onnx", scale, lambda s: s * np.nan)
     run = bounded(min_sqnr=20, max_top1_drop=1, max_size_ratio=0.9)
     check = check_models(FLOAT, broken, DATA, run, ALL_FILES)
@@ -138,10 +138,19 @@ def test_nan_fails_every_bound_but_the_size_and_names_the_tensor(
     )
     assert check.verdicts[-1].holds
     assert check.inspection.first is not None
-    assert check.inspection.first.tensor.name == "block1.first.bn.out"
+    assert check.inspection.first.tensor.name == "logits"
     assert all(Path(name).exists() for name in ("r.html", "r.xml", "r.md", "r.json"))
     without = check_models(FLOAT, broken, DATA, HELD_OUT)
     assert without.failures == ("output 'logits' of the quantized model holds NaN",)
+
+
+def test_nan_that_a_relu_hides_is_named(tmp_path: Path) -> None:
+    """onnxruntime's Relu makes 0 of it."""
+    _, scale = layers(digits_qdq())["block1.first.bn.out"]
+    broken = changed(digits_qdq(), tmp_path / "broken.onnx", scale, lambda s: s * np.nan)
+    check = check_models(FLOAT, broken, DATA, bounded(min_sqnr=20))
+    assert "it holds NaN or infinity" in check.inspection.text
+    assert not check.passed
 
 
 def test_outputs_of_another_shape_fail(save: Save) -> None:
@@ -216,18 +225,15 @@ BASE = """(float[N,6] x, int64[1] k) => (float[N,6] y, int64[1] i) {
     [
         (
             BASE.replace(" x", " z").replace("(x)", "(z)"),
-            "its inputs are 'z', 'k', the float model's 'x', 'k': only models with the same "
-            "interface can be compared",
+            "its inputs are 'z', 'k', the float model's 'x', 'k':",
         ),
         (
             BASE.replace("N,6] y", "N,6] w").replace("y =", "w ="),
-            "its outputs are 'w', 'i', the float model's 'y', 'i': only models with the same "
-            "interface can be compared",
+            "its outputs are 'w', 'i', the float model's 'y', 'i':",
         ),
         (
             """(float[N,6] x, int64[1] k) => (float[N,6] y) { y = Relu(x) }""",
-            "its outputs are 'y', the float model's 'y', 'i': only models with the same "
-            "interface can be compared",
+            "its outputs are 'y', the float model's 'y', 'i':",
         ),
         (
             BASE.replace("float", "float16"),
@@ -247,7 +253,8 @@ def test_another_interface_is_refused_and_the_difference_named(
     one, other = save(parsed(BASE)), save(parsed(text))
     error = refused(one, other)
     assert isinstance(error, ModelError)
-    assert str(error) == f"{other}: {message}"
+    hint = " only models with the same interface can be compared" if message[-1] == ":" else ""
+    assert str(error) == f"{other}: {message}{hint}"
 
 
 def test_symbols_orders_and_optional_inputs_may_differ(save: Save) -> None:
@@ -378,4 +385,3 @@ def test_models_of_the_test_suite_equal_themselves(save: Save) -> None:
         feed = feed_for(MODELS[name](), n=4)
         check = check_models(path, path, [feed], Run(bounds=Bounds(max_error=0)))
         assert check.passed, name
-    assert values(1).size == 1

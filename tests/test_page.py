@@ -245,6 +245,7 @@ def test_only_sections_with_content_are_shown(viewer: Viewer) -> None:
 def test_a_check_says_passed_or_failed_first(viewer: Viewer) -> None:
     page = viewer.show(DOCUMENTS["check"])
     assert page.locator("header .verdict").inner_text() == "FAILED"
+    assert "at least 20 dB" in page.locator("header").inner_text()
     assert "✗ fails" in page.locator("#check").inner_text()
     page = viewer.show(DOCUMENTS["passed"])
     assert page.locator("header .verdict").inner_text() == "PASSED"

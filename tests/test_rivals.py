@@ -182,7 +182,7 @@ def test_external_data_is_found(
     np.testing.assert_array_equal(model.weight(kernel), digits.model.weight(kernel))
 
 
-@pytest.mark.parametrize("top", [1.001, 1.999, 3e-4])
+@pytest.mark.parametrize("top", [1.001, 1.999, 0.02, 3e4])
 @pytest.mark.parametrize("method", RIVALS)
 def test_float16_has_ranges_from_fewer_bins(method: str, top: float) -> None:
     text = """(float16[N,4] x) => (float16[N,4] y) {

@@ -12,6 +12,8 @@ function showHeader() {
   if (doc.check) {
     const [textContent, tone] = doc.check.passed ? ["PASSED", "good"] : ["FAILED", "bad"];
     Object.assign($("verdict"), { hidden: false, textContent, className: `verdict ${tone}` });
+    const failed = doc.check.verdicts.filter(({ holds }) => !holds);
+    $("verdict").after(...failed.map((verdict) => make("p", {}, verdict.text)));
   }
   for (const [term, words] of facts()) {
     $("facts").append(make("div", {}, make("dt", {}, term), make("dd", {}, words)));
