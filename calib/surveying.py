@@ -57,11 +57,8 @@ def compare_methods(
     """
     job = _Job(candidates or Candidates(), rules or Rules(), run or Run())
     with job.stage("load"):
-        loaded = load_model(model, job.run.feedback)
+        loaded, saved, split = job.opened(model, data)
         plan = make_plan(loaded, job.rules)
-        check_files([], loaded, data, job.run)
-        saved = saved_observations(loaded, job.run)
-        split = job.split = Split.of(open_data(loaded, data, job.run.reading), job.run, saved)
     with job.stage("observe"):
         seen = saved or observe_split(loaded, split, plan, job.rules, halves=True)
     with job.stage("calibrate"):
@@ -119,6 +116,14 @@ class _Job:
         self.split: Split | None = None
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
+
+    def opened(self, path: str | Path, data: object) -> tuple[Model, Observations | None, Split]:
+        """The model, observations that are read instead of observing, and the samples."""
+        model = load_model(path, self.run.feedback)
+        check_files([], model, data, self.run)
+        saved = saved_observations(model, self.run)
+        self.split = Split.of(open_data(model, data, self.run.reading), self.run, saved)
+        return model, saved, self.split
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
