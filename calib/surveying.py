@@ -62,10 +62,7 @@ def compare_methods(
     with job.stage("observe"):
         seen = saved or observe_split(loaded, split, plan, job.rules, halves=True)
     with job.stage("calibrate"):
-        rows = tuple(job.calibrated(loaded, seen))
-    if job.candidates.onnxruntime:
-        with job.stage("onnxruntime"):
-            rows = job.ordered((*rows, *job.rivals(loaded, seen, plan.activations)))
+        rows = job.calibrated(loaded, seen, plan.activations)
     with job.stage("profile"):
         shapes = profiles(loaded, seen, plan.specs, job.candidates.bits)
         sure = confidence(loaded, seen, make_plan(loaded, job.lowest), job.lowest)
@@ -149,19 +146,23 @@ class _Job:
         """The first method at the lowest width, which the details are about."""
         return self.rules_for(self.candidates.methods[0], min(self.candidates.bits))
 
-    def calibrated(self, model: Model, observations: Observations) -> Iterator[Row]:
-        """The thresholds of every row."""
+    def calibrated(
+        self, model: Model, observations: Observations, names: tuple[str, ...]
+    ) -> tuple[Row, ...]:
+        """The thresholds of every row, by width."""
+        rows = list(self._own(model, observations))
+        if self.candidates.onnxruntime:
+            rows.extend(self._rivals(model, observations, names))
+        return tuple(sorted(rows, key=lambda row: self.candidates.bits.index(row.bits)))
+
+    def _own(self, model: Model, observations: Observations) -> Iterator[Row]:
         for bits in self.candidates.bits:
             for method in self.candidates.methods:
                 start = time.perf_counter()
                 table = self._table(model, observations, self.rules_for(method, bits))
                 yield Row(method, bits, table, None, time.perf_counter() - start)
 
-    def ordered(self, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-        """By width, as that was given; otherwise as they are."""
-        return tuple(sorted(rows, key=lambda row: self.candidates.bits.index(row.bits)))
-
-    def rivals(
+    def _rivals(
         self, model: Model, observations: Observations, names: tuple[str, ...]
     ) -> Iterator[Row]:
         """Rows of onnxruntime's own calibrators; their seconds hold a pass over the data."""

@@ -99,7 +99,7 @@ def _code(name: str) -> str:
     longest = max((len(run) for run in re.findall("`+", plain)), default=0)
     if not plain.strip():
         return "` `"
-    pad = " " if plain[0] in "` " or plain[-1] in "` " else ""
+    pad = " " if "`" in (plain[0], plain[-1]) else ""
     fence = "`" * (longest + 1)
     return f"{fence}{pad}{plain}{pad}{fence}"
 
