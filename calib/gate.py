@@ -15,7 +15,7 @@ from calib.errors import ModelError, VerificationError, one_line
 from calib.files import uninterrupted, whole_file, writing
 from calib.graph import Model, load_model
 from calib.inspection import Inspection, inspect
-from calib.interface import check_interface, feeding_model
+from calib.interface import check_interface, feeding_model, load_quantized
 from calib.iterables import Batches
 from calib.metric import load_metric
 from calib.report.document import blank, model_facts, number
@@ -189,7 +189,8 @@ def check_models(
     run.bounds.check_metric(run.metric)
     if run.metric is not None:
         load_metric(run.metric)
-    model, other = load_model(float_model, run.feedback), load_model(quantized)
+    model = load_model(float_model, run.feedback)
+    other, unchecked = load_quantized(quantized, run.runtime)
     check_interface(model, other)
     _check_files(files, (model, other), data, run)
     feeding, note = feeding_model(model, other)
@@ -206,7 +207,12 @@ def check_models(
         (split.n_calibration or 0) if split.held_out else 0,
         _options(data, run),
         () if data is not None else (_NO_DATA,),
-        (*note, *_notes(split, model, other), *(comparison.notes if comparison else ())),
+        (
+            *unchecked,
+            *note,
+            *_notes(split, model, other),
+            *(comparison.notes if comparison else ()),
+        ),
     )
     _write(check.document(), files)
     return check

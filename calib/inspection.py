@@ -225,8 +225,14 @@ def _after_dropped(readers: list[ir.Node], made: Mapping[Any, ir.Value]) -> str 
     if not readers or any(node.op_type not in ("Relu", "Clip") for node in readers):
         return None
     names = [str(node.outputs[0].name) for node in readers]
-    kept = any(name in made or f"{name}_quantized" in made for name in names)
-    return None if kept else names[0]
+    return None if any(_is_computed(name, made) for name in names) else names[0]
+
+
+def _is_computed(name: str, made: Mapping[Any, ir.Value]) -> bool:
+    """Whether there is such a value, and not only as what a DequantizeLinear makes of another."""
+    producer = made[name].producer() if name in made else None
+    dequantized = producer is not None and producer.op_type == "DequantizeLinear"
+    return f"{name}_quantized" in made or (name in made and not dequantized)
 
 
 def _behind_pair(value: ir.Value) -> str | None:

@@ -58,6 +58,9 @@ def _guarded(work: Callable[[], object], name: str) -> int:
     except (click.Abort, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except SystemExit as error:  # of the user's own module
+        print(f"{name}: error: what was imported ended Python ({error.code})", file=sys.stderr)
+        return BAD_INPUT
     except Terminated:
         print(f"{name}: terminated", file=sys.stderr)
         return _TERMINATED

@@ -101,6 +101,7 @@ DOORS = {
         "calib.verification",
         "calib.switchable",
         "calib.inspection",
+        "calib.interface",
     },
     "onnxscript": {"calib.prepare", "calib.storage"},
     "click": {

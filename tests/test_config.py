@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from calib.bounds import Bounds
 from calib.config import Config
 from calib.errors import OptionError
 from calib.images import Preprocessing
@@ -46,7 +47,17 @@ only: Conv
 exclude: head
 op-types: [Conv, Gemm]
 save-observations: seen.npz
+min-sqnr: 20
+min-cosine: 0.99
+max-error: 0.5
+min-agreement: 0.98
+max-top1-drop: 1
+max-metric-drop: 0.1
+max-size-ratio: 0.3
+metric: package.module:f1
+keep-failed: true
 output: out.onnx
+report: out.html
 summary: out.json
 external-data: always
 force: true
@@ -99,7 +110,17 @@ def test_every_setting_is_read_in_its_type() -> None:
         exclude="head",
         op_types=("Conv", "Gemm"),
         save_observations=Path("seen.npz"),
+        min_sqnr=20.0,
+        min_cosine=0.99,
+        max_error=0.5,
+        min_agreement=0.98,
+        max_top1_drop=1.0,
+        max_metric_drop=0.1,
+        max_size_ratio=0.3,
+        metric="package.module:f1",
+        keep_failed=True,
         output=Path("out.onnx"),
+        report=Path("out.html"),
         summary=Path("out.json"),
         external_data="always",
         force=True,
@@ -149,6 +170,20 @@ def test_every_setting_reaches_the_rules_and_the_run() -> None:
     assert runtime.custom_ops == (Path("libops.so"),)
     assert run.feedback == {"conv_cache": "conv_cache_out", "1": "two"}
     assert (run.padding_mask, run.external_data, run.force) == ("mask", "always", True)
+    assert run.bounds == Bounds(
+        min_sqnr=20,
+        min_cosine=0.99,
+        max_error=0.5,
+        min_agreement=0.98,
+        max_top1_drop=1,
+        max_metric_drop=0.1,
+        max_size_ratio=0.3,
+    )
+    assert (run.metric, run.keep_failed, run.report) == (
+        "package.module:f1",
+        True,
+        Path("out.html"),
+    )
     assert (run.save_observations, run.summary) == (Path("seen.npz"), Path("out.json"))
     assert Config(observations=Path("o.npz")).to_run().observations == Path("o.npz")
 

@@ -119,6 +119,37 @@ def test_onnxruntimes_own_models_are_compared_tensor_by_tensor(form: str) -> Non
     assert all(tensor.sqnr_db > 20 for tensor in found.tensors)
 
 
+def test_a_relu_that_was_dropped_may_lend_its_name_to_the_dequantized_value(
+    save: Save,
+) -> None:
+    """As in ResNets, where one reader of a Relu is quantized and another is not."""
+    model = load_model(
+        save(
+            parsed("""(float[N,6] x) => (float[N,6] y, float[N,6] z) {
+      sum = Add(x, x)  act = Relu(sum)  y = Neg(act)  z = Add(x, x) }""")
+        )
+    )
+    other = save(
+        parsed(
+            """(float[N,6] x) => (float[N,6] y, float[N,6] z)
+            <float sum_scale, uint8 sum_zero_point> {
+              total = Add(x, x)
+              sum_quantized = QuantizeLinear(total, sum_scale, sum_zero_point)
+              act = DequantizeLinear(sum_quantized, sum_scale, sum_zero_point)
+              y = Neg(act)
+              z = Add(x, x)
+            }""",
+            {
+                "sum_scale": np.array(0.02, np.float32),
+                "sum_zero_point": np.array(0, np.uint8),
+            },
+        )
+    )
+    found = inspect(model, other, [Batch({"x": values(40, 6)})])
+    assert "sum" not in [tensor.name for tensor in found.tensors]
+    assert found.first is None, found.text
+
+
 def test_at_most_64_samples_are_read_or_the_batch_that_reaches_them() -> None:
     read = []
 

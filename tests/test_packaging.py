@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE_SUFFIXES = (".html", ".css", ".js")
 SETUPTOOLS_NEEDED = 77  # as pyproject.toml says: licence expressions
 
 
@@ -94,8 +95,8 @@ def test_everything_that_is_imported_is_required(setup_cfg: configparser.ConfigP
     outside = imported - sys.stdlib_module_names - {"calib"}
     distributions = {"yaml": "pyyaml", "PIL": "pillow"}
     found = {distributions.get(name, name.replace("_", "-")) for name in outside}
-    extras = requirement_names(setup_cfg["options.extras_require"]["images"])
-    assert found == required | extras
+    extras = setup_cfg["options.extras_require"]
+    assert found == required.union(*(requirement_names(extras[e]) for e in ("images", "report")))
 
 
 # --- what is installed ------------------------------------------------------------------------
@@ -115,12 +116,17 @@ def changelog() -> str:
 
 def test_the_entry_point_is_the_function_that_runs_the_command() -> None:
     scripts = distribution("octav-calibrate").entry_points.select(group="console_scripts")
-    (script,) = scripts
-    assert script.name == "octav-calibrate"
-    assert script.value == "octav_calibrate_cli.calibrate:main"
-    main = script.load()
-    assert main(["--version"]) == 0
-    assert main(["--bits", "x"]) == 2
+    assert sorted(script.name for script in scripts) == [
+        "octav-calibrate",
+        "octav-check",
+        "octav-compare",
+    ]
+    for script in scripts:
+        command = script.name.removeprefix("octav-")
+        assert script.value == f"octav_calibrate_cli.{command}:main"
+        main = script.load()
+        assert main(["--version"]) == 0
+        assert main(["--batch-size", "x"]) == 2
 
 
 # --- the wheel --------------------------------------------------------------------------------
@@ -192,7 +198,9 @@ def test_the_wheel_holds_both_packages_the_licence_and_the_marker_and_nothing_el
         for path in (ROOT / top).rglob("*.py")
     }
     shipped = {name for name in names if not name.startswith(info)}
-    assert shipped == {*sources, "calib/py.typed"}
+    report = ROOT / "calib/report"
+    page = {f"calib/report/{p.name}" for p in report.iterdir() if p.suffix in PAGE_SUFFIXES}
+    assert shipped == {*sources, *page, "calib/py.typed"}
     assert any(name.endswith("/LICENSE") for name in names)
 
 
@@ -213,7 +221,8 @@ def test_the_wheel_runs_in_an_environment_of_its_own(environment: Path, tmp_path
         "import sys, calib, octav_calibrate_cli; "
         "from importlib.metadata import distribution; "
         "print(calib.__file__); print(octav_calibrate_cli.__file__); "
-        "(script,) = distribution('octav-calibrate').entry_points; "
+        "scripts = distribution('octav-calibrate').entry_points; "
+        "(script,) = scripts.select(name='octav-calibrate'); "
         "sys.exit(script.load()(sys.argv[1:]))"
     )
     arguments = ("digits.onnx", "--data", "digits.npz", "--bits", 4, "--quiet")

@@ -288,7 +288,7 @@ def test_a_low_sqnr_is_warned_of_with_the_three_worst_tensors(save: Save) -> Non
     assert warning == (
         f"output SQNR is {result.comparison.output_sqnr_db:.1f} dB, accuracy has likely "
         f"collapsed. Worst tensors: {worst}. Try more bits, --exclude for these, or another "
-        f"--method"
+        f"--method; octav-compare finds the layers that hurt"
     )
     assert calibrate_model(path, [feed["tokens"]], all_bits(8)).warnings == ()
 

@@ -54,10 +54,11 @@ const SPARE = ["--method-0", "--method-1", "--method-2", "--method-3"];
 
 /** The CSS variable of each method: its family's, or a spare one where that is taken. */
 const COLORS = new Map();
+const spare = [...SPARE];
 for (const method of doc.methods) {
   const family = method.split(":")[0];
   const free = FAMILIES.includes(family) && ![...COLORS.values()].includes(`--method-${family}`);
-  COLORS.set(method, free ? `--method-${family}` : SPARE[COLORS.size % SPARE.length]);
+  COLORS.set(method, free ? `--method-${family}` : spare.shift() ?? SPARE[0]);
 }
 const tintOf = (method) => `var(${COLORS.get(method)})`;
 const methodName = (method) =>

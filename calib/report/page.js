@@ -79,7 +79,7 @@ function showResults() {
     best(number("Agreement, %", (row) => row.agreement, percent, { hint: agreeing }), Math.max),
     best(number("Top-1, %", (row) => row.top1, db), Math.max),
     number(doc.metric_name ?? "Metric", (row) => row.metric, figures),
-    number("Time, s", (row) => row.seconds, fixed(1)),
+    number("Time, s", (row) => row.seconds, fixed(2)),
     text("Notes", (row) => row.notes.join("; "), { className: "wide" }),
   ];
   const breaks = (row) => row !== rows[0] && rows[rows.indexOf(row) - 1].bits !== row.bits;
@@ -210,8 +210,8 @@ function tensorTable() {
     ...methods.map((method) => number(method, sqnr(method), db, { hint: "SQNR, dB",
       heading: () => methodName(method), tint: tintOf(method),
       bar: (row) => length(sqnr(method)(row)) })),
-    text("Minima", (row) => (curveOf(row)?.second ? "two" : ""),
-      { hint: "of the error in the clipping scalar", cell: flag }),
+    ...measured([text("Minima", (row) => (curveOf(row)?.second ? "two" : ""),
+      { hint: "of the error in the clipping scalar", cell: flag })], doc.tensors),
   ];
   const rows = doc.tensors.filter(({ name }) => name.toLowerCase().includes(view.filter));
   const box = table("Tensors", columns, rows, { sort: view.sort, opens: toggle });
