@@ -15,7 +15,7 @@ from calib.errors import ModelError, VerificationError, one_line
 from calib.files import uninterrupted, whole_file, writing
 from calib.graph import Model, load_model
 from calib.inspection import Inspection, inspect
-from calib.interface import check_interface, feeding_model, load_quantized
+from calib.interface import check_interface, feeding_model
 from calib.iterables import Batches
 from calib.metric import load_metric
 from calib.report.document import blank, model_facts, number
@@ -189,8 +189,7 @@ def check_models(
     run.bounds.check_metric(run.metric)
     if run.metric is not None:
         load_metric(run.metric)
-    model = load_model(float_model, run.feedback)
-    other, unchecked = load_quantized(quantized, run.runtime)
+    model, other = load_model(float_model, run.feedback), load_model(quantized)
     check_interface(model, other)
     _check_files(files, (model, other), data, run)
     feeding, note = feeding_model(model, other)
@@ -208,7 +207,6 @@ def check_models(
         _options(data, run),
         () if data is not None else (_NO_DATA,),
         (
-            *unchecked,
             *note,
             *_notes(split, model, other),
             *(comparison.notes if comparison else ()),

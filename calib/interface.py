@@ -7,41 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from calib.arrays import by, listed
-from calib.capture import Runtime, Session
-from calib.checker import external_data_files
 from calib.errors import ModelError
-from calib.graph import Model, ValueSpec, _digest, load_model
-
-
-def load_quantized(path: str | Path, runtime: Runtime) -> tuple[Model, tuple[str, ...]]:
-    """The model at ``path``, whatever made it, and a note if onnx.checker refuses it: some tools
-    write what onnxruntime runs all the same. Such a model is not prepared.
-
-    Raises:
-        ModelError: as `load_model`, if onnxruntime does not load it either.
-    """
-    try:
-        return load_model(path), ()
-    except ModelError as error:
-        model = _unchecked(Path(path), runtime)
-        if model is None:
-            raise
-        return model, (f"onnxruntime runs the quantized model, but {error}",)
-
-
-def _unchecked(path: Path, runtime: Runtime) -> Model | None:
-    try:
-        model = ir.load(path)
-        Session(path, runtime)
-        files = (path, *external_data_files(model, path))
-        return Model(path, *_digest(files), model, (), files=files)
-    except MemoryError:
-        raise
-    except Exception:  # what is wrong with it has been said
-        return None
+from calib.graph import Model, ValueSpec
 
 
 def check_interface(model: Model, other: Model) -> None:

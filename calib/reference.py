@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 
 from calib.arrays import Batch
 from calib.capture import Runtime, Session, Source, Values
 from calib.comparison import Comparison, Scores, Totals
-from calib.errors import OutputError, one_line
+from calib.errors import DataError, OutputError, one_line
 from calib.graph import Model
 from calib.metric import load_metric, score
-
-Advance = Callable[[int], None]
 
 
 class Reference:
@@ -28,7 +26,7 @@ class Reference:
         batches: gives the same batches at every call.
         runtime: how to execute.
         metric: ``package.module:function`` to judge all models by, see `calib.metric`.
-        first: number of the first sample, for error messages.
+        first: gives the number of the first sample, for error messages.
 
     Raises:
         DataError: if the data holds NaN or infinity, or the metric fails.
@@ -42,19 +40,18 @@ class Reference:
         runtime: Runtime | None = None,
         *,
         metric: str | None = None,
-        first: int = 0,
+        first: Callable[[], int] = int,
     ):
         self._model, self._batches, self._runtime = model, batches, runtime
         self._metric, self._first = metric, first
         self._names: list[tuple[str, ...]] = []
-        self._tape = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this does
-        session = self._session(model.path)
         self.n_samples = 0
-        for batch in batches():
-            batch.check_finite(first + self.n_samples)
-            self.n_samples += batch.n_samples
-            self._record(session.run(batch.feed, batch.restart))
-        self.score = self._score(session)
+        self._tape = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this does
+        try:
+            self.score = self._recorded()
+        except BaseException:
+            self._tape.close()
+            raise
 
     def __enter__(self) -> Reference:
         return self
@@ -62,29 +59,36 @@ class Reference:
     def __exit__(self, *_: object) -> None:
         self._tape.close()
 
-    def compare(
-        self, quantized: Source, shown: AbstractContextManager[Advance] | None = None
-    ) -> Comparison:
+    def compare(self, quantized: Source) -> Comparison:
         """The float model against another one, at onnxruntime's default level.
 
         Raises:
             VerificationError: if an output holds NaN.
             ModelError: if onnxruntime cannot load or run it.
-            DataError: as the class, or if labels do not fit.
+            DataError: as the class, if labels do not fit, or there are other batches than before.
         """
         session = self._session(quantized)
         totals = Totals()
         self._tape.seek(0)
-        with shown or nullcontext(lambda _n: None) as advance:
-            for batch, names in zip(self._batches(), self._names, strict=True):
-                expected = {name: np.lib.format.read_array(self._tape) for name in names}
-                totals.add(batch, expected, session.run(batch.feed, batch.restart))
-                advance(batch.n_samples)
+        for batch, names in zip_longest(self._batches(), self._names):
+            if batch is None or names is None:
+                raise DataError("the data gives more or fewer batches at every pass")
+            expected = {name: np.lib.format.read_array(self._tape) for name in names}
+            totals.add(batch, expected, session.run(batch.feed, batch.restart))
         comparison = totals.comparison()
         found = self._score(session)
         if self._metric is None or self.score is None or found is None:
             return comparison
         return replace(comparison, scores=Scores(self._metric, self.score, found))
+
+    def _recorded(self) -> float | None:
+        """Fills the tape; the float model's score."""
+        session = self._session(self._model.path)
+        for batch in self._batches():
+            batch.check_finite(self._first() + self.n_samples)
+            self.n_samples += batch.n_samples
+            self._record(session.run(batch.feed, batch.restart))
+        return self._score(session)
 
     def _session(self, model: Source) -> Session:
         return Session(model, self._runtime, feedback=self._model.feedback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from calib.calibrators import make
@@ -127,9 +128,21 @@ class Survey:
     run: Run = field(default_factory=Run)
 
     @property
+    def detailed(self) -> tuple[str, int]:
+        """Method and width that confidence, sensitivity and proposals are about."""
+        return detailed(self.candidates, self.rows)
+
+    @property
     def wide_bits(self) -> int:
         """The width that proposals give the worst tensors."""
-        return wide_bits(min(self.candidates.bits))
+        return wide_bits(self.detailed[1])
+
+
+def detailed(candidates: Candidates, rows: Iterable[Row]) -> tuple[str, int]:
+    """The first of our methods that has worked at the lowest width, and that."""
+    ours = (row for row in rows if row.method in candidates.methods)
+    row = min(ours, key=lambda row: row.bits)
+    return row.method, row.bits
 
 
 def wide_bits(bits: int) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 from calib.arrays import Batch
 from calib.calibration import calibrate
 from calib.comparison import Comparison
-from calib.confidence import confidence
-from calib.curves import profiles
+from calib.confidence import Confidence, confidence
+from calib.curves import Profile, profiles
 from calib.data import open_data
-from calib.errors import ModelError, OptionError, VerificationError
+from calib.errors import CalibratorError, ModelError, OptionError, VerificationError
 from calib.graph import Model, load_model
 from calib.iterables import Batches
 from calib.observations import Observations
@@ -25,7 +25,7 @@ from calib.rivals import RIVALS, rival_ranges, rival_table
 from calib.rules import Rules, Widths
 from calib.run import Run, Split
 from calib.sensitivity import Sensitivity, sensitivity
-from calib.survey import Candidates, Measured, Row, Survey, wide_bits
+from calib.survey import Candidates, Measured, Row, Survey, detailed, wide_bits
 from calib.table import CalibrationTable
 from calib.targets import make_plan
 from calib.write import write_qdq
@@ -64,8 +64,8 @@ def compare_methods(
     with job.stage("calibrate"):
         rows = job.calibrated(loaded, seen, plan.activations)
     with job.stage("profile"):
-        shapes = profiles(loaded, seen, plan.specs, job.candidates.bits)
-        sure = confidence(loaded, seen, make_plan(loaded, job.lowest), job.lowest)
+        shapes = tuple(_profiled(loaded, seen, rows))
+        sure = job.confidence(loaded, seen)
     with _reference(loaded, split) as reference:
         with job.stage("evaluate"):
             rows = _with_gains(tuple(job.evaluated(loaded, row, reference) for row in rows))
@@ -90,19 +90,33 @@ def compare_methods(
 
 
 def _reference(model: Model, split: Split) -> Reference:
-    first = (split.n_calibration or 0) if split.held_out else 0
     run = split.run
+
+    def first() -> int:  # whether samples are held out, only a pass over some data tells
+        return (split.n_calibration or 0) if split.held_out else 0
+
     return Reference(model, split.evaluation, run.runtime, metric=run.metric, first=first)
+
+
+def _profiled(model: Model, observations: Observations, rows: tuple[Row, ...]) -> Iterator[Profile]:
+    """Every tensor at the widths that it has in any row: first and last layers have their own."""
+    widths: dict[str, set[int]] = {}
+    for row in rows:
+        for record in row.table.records:
+            widths.setdefault(record.name, set()).add(record.qtype.bits)
+    for record in rows[0].table.records:
+        yield from profiles(model, observations, [record.spec], sorted(widths[record.name]))
 
 
 def _with_gains(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     most = {row.bits: row.sqnr_db for row in rows if row.method == "max"}
-    return tuple(
-        replace(row, gain_db=row.sqnr_db - base)
-        if row.sqnr_db is not None and (base := most.get(row.bits)) is not None
-        else row
-        for row in rows
-    )
+    return tuple(replace(row, gain_db=_gain(row.sqnr_db, most.get(row.bits))) for row in rows)
+
+
+def _gain(sqnr_db: float | None, base_db: float | None) -> float | None:
+    if sqnr_db is None or base_db is None:
+        return None
+    return sqnr_db - base_db if sqnr_db != base_db else 0.0  # both may be infinite
 
 
 class _Job:
@@ -111,6 +125,7 @@ class _Job:
     def __init__(self, candidates: Candidates, rules: Rules, run: Run):
         self.candidates, self.rules, self.run = candidates, rules, run
         self.split: Split | None = None
+        self.lowest = rules  # what the details are about, once it is known which methods work
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
 
@@ -119,7 +134,10 @@ class _Job:
         model = load_model(path, self.run.feedback)
         check_files([], model, data, self.run)
         saved = saved_observations(model, self.run)
-        self.split = Split.of(open_data(model, data, self.run.reading), self.run, saved)
+        source = open_data(model, data, self.run.reading)
+        if self.candidates.onnxruntime and isinstance(source, Batches) and source.once_only:
+            raise OptionError("with-onnxruntime needs data that can be gone through again")
+        self.split = Split.of(source, self.run, saved)
         return model, saved, self.split
 
     @contextmanager
@@ -141,16 +159,22 @@ class _Job:
         widths = Widths(bits, bits, self.rules.widths.edge)
         return replace(self.rules, widths=widths, method=method, weight_method=None)
 
-    @property
-    def lowest(self) -> Rules:
-        """The first method at the lowest width, which the details are about."""
-        return self.rules_for(self.candidates.methods[0], min(self.candidates.bits))
+    @contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """A failure of the block is a note, not an end."""
+        try:
+            yield
+        except (CalibratorError, ModelError, VerificationError) as error:
+            self.notes.append(f"{what}: {error}")
 
     def calibrated(
         self, model: Model, observations: Observations, names: tuple[str, ...]
     ) -> tuple[Row, ...]:
         """The thresholds of every row, by width."""
         rows = list(self._own(model, observations))
+        if not rows:
+            raise CalibratorError(self.notes[0])
+        self.lowest = self.rules_for(*detailed(self.candidates, rows))
         if self.candidates.onnxruntime:
             rows.extend(self._rivals(model, observations, names))
         return tuple(sorted(rows, key=lambda row: self.candidates.bits.index(row.bits)))
@@ -158,9 +182,10 @@ class _Job:
     def _own(self, model: Model, observations: Observations) -> Iterator[Row]:
         for bits in self.candidates.bits:
             for method in self.candidates.methods:
-                start = time.perf_counter()
-                table = self._table(model, observations, self.rules_for(method, bits))
-                yield Row(method, bits, table, None, time.perf_counter() - start)
+                with self.noted(f"{method} at {bits} bits"):
+                    start = time.perf_counter()
+                    table = self._table(model, observations, self.rules_for(method, bits))
+                    yield Row(method, bits, table, None, time.perf_counter() - start)
 
     def _rivals(
         self, model: Model, observations: Observations, names: tuple[str, ...]
@@ -168,20 +193,25 @@ class _Job:
         """Rows of onnxruntime's own calibrators; their seconds hold a pass over the data."""
         assert self.split is not None
         source, n = self.split.source, self.split.n_calibration
-        if isinstance(source, Batches) and source.once_only:
-            raise OptionError("with-onnxruntime needs data that can be gone through again")
         for method in RIVALS:
-            start = time.perf_counter()
-            ranges = rival_ranges(
-                model, lambda: source.batches(0, n), names, self.run.runtime, (method,)
-            )[method]
-            took = time.perf_counter() - start
-            for bits in self.candidates.bits:
+            with self.noted(method):
                 start = time.perf_counter()
-                plan = make_plan(model, self.rules_for("max", bits))
-                table = rival_table(model, observations, plan, ranges, method)
-                seconds = took + time.perf_counter() - start
-                yield Row(method, bits, table, None, seconds)
+                ranges = rival_ranges(
+                    model, lambda: source.batches(0, n), names, self.run.runtime, (method,)
+                )[method]
+                took = time.perf_counter() - start
+                for bits in self.candidates.bits:
+                    start = time.perf_counter()
+                    plan = make_plan(model, self.rules_for("max", bits))
+                    table = rival_table(model, observations, plan, ranges, method)
+                    seconds = took + time.perf_counter() - start
+                    yield Row(method, bits, table, None, seconds)
+
+    def confidence(self, model: Model, observations: Observations) -> Confidence | None:
+        """How sure the thresholds are that the details are about."""
+        with self.noted("confidence was not measured"):
+            return confidence(model, observations, make_plan(model, self.lowest), self.lowest)
+        return None
 
     def _table(self, model: Model, observations: Observations, rules: Rules) -> CalibrationTable:
         return calibrate(model, observations, make_plan(model, rules), rules)
@@ -196,8 +226,7 @@ class _Job:
             return replace(row, notes=(note,))
 
     def _compare(self, model: Model, table: CalibrationTable, reference: Reference) -> Comparison:
-        shown = self.run.progress("evaluate", reference.n_samples)
-        return reference.compare(write_qdq(model, table).ir, shown)
+        return reference.compare(write_qdq(model, table).ir)
 
     def mended(
         self, model: Model, observations: Observations, data: object, reference: Reference
@@ -212,18 +241,19 @@ class _Job:
             )
             return None, ()
         wide = wide_bits(self.lowest.widths.weights)
-        narrow = self._table(model, observations, self.lowest)
-        wider = self._table(model, observations, _widened(self.lowest, wide))
-        try:
+        found, proposals = None, []
+        with self.noted("sensitivity was not measured"):
+            narrow = self._table(model, observations, self.lowest)
+            wider = self._table(model, observations, _widened(self.lowest, wide))
             found = sensitivity(model, narrow, wider, self._trials(model, data), self.run.runtime)
-            before = self._compare(model, narrow, reference)
-            return found, tuple(
-                Measured(one, before, self._with_rules(model, observations, one.rules, reference))
-                for one in propose(found, self.lowest, narrow, wide)
-            )
-        except (ModelError, VerificationError) as error:
-            self.notes.append(f"sensitivity was not measured: {error}")
+        if found is None:
             return None, ()
+        with self.noted("proposals were not measured"):
+            before = self._compare(model, narrow, reference)
+            for one in propose(found, self.lowest, narrow, wide):
+                after = self._with_rules(model, observations, one.rules, reference)
+                proposals.append(Measured(one, before, after))
+        return found, tuple(proposals)
 
     def _with_rules(
         self, model: Model, observations: Observations, rules: Rules, reference: Reference
@@ -235,7 +265,9 @@ class _Job:
         assert self.split is not None
         source = self.split.source
         if isinstance(source, Batches):
-            return iter([self.split.first_batch()]) if source.once_only else source.batches()
+            if source.once_only:
+                return iter([self.split.first_batch()])
+            return source.batches(0, self.split.n_calibration)
         reading = self.run.reading
         small = replace(reading, batch_size=min(_TRIAL_BATCH, reading.batch_size))
         return open_data(model, data, small).batches(0, self.split.n_calibration)

@@ -80,7 +80,8 @@ def _best(survey: Survey) -> list[Row]:
 
 def _damages(survey: Survey, ranked: tuple[Damage, ...]) -> Table:
     assert survey.sensitivity is not None
-    low = f"{survey.candidates.methods[0]} at {min(survey.candidates.bits)} bits"
+    method, bits = survey.detailed
+    low = f"{method} at {bits} bits"
     table = Table(f"tensors that hurt, {low}", "kind", box=None)
     for title in ("alone dB", "all but it dB"):
         table.add_column(title, justify="right")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -32,6 +34,14 @@ LAYERS = (
 )
 
 
+@cache
+def room() -> Path:
+    """A folder that goes when the process ends."""
+    folder = mkdtemp(prefix="octav-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def batches(size: int = 32, n: int = 64) -> Iterator[Batch]:
     """Test images."""
     images, _labels = load_digits()
@@ -42,8 +52,8 @@ def batches(size: int = 32, n: int = 64) -> Iterator[Batch]:
 @cache
 def digits_qdq(bits: int = 8) -> Path:
     """As octav-calibrate writes it."""
-    path = Path(mkdtemp(prefix="octav-tests-")) / f"digits-{bits}.onnx"
-    run = Run(samples=N_CALIBRATION)
+    path = room() / f"digits-{bits}.onnx"
+    run = Run(samples=N_CALIBRATION, force=True)
     calibrate_model(FLOAT, DATA, Rules(widths=Widths(bits, bits)), path, run)
     return path
 
@@ -62,7 +72,7 @@ def digits_by_onnxruntime(form: str) -> Path:
             def get_next(self) -> dict[str, Any] | None:
                 return next(self.feeds, None)
 
-        path = Path(mkdtemp(prefix="octav-tests-")) / f"{form}.onnx"
+        path = room() / f"{form}.onnx"
         quantization.quantize_static(
             str(FLOAT),
             str(path),

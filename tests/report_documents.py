@@ -129,6 +129,7 @@ def _tensor(rng: np.random.Generator, place: int) -> Document:
     values = np.abs(rng.normal(size=1500)) if weight else rng.exponential(size=1500) * 1.7
     values = values / values.max() if weight else values
     counts, edges = np.histogram(values, 64, (0.0, float(values.max())))
+    s = np.geomspace(values.max() / 32, values.max(), 96).tolist()
     curves = [_curve(values, bits, two=place % 7 == 3 and bits == 4) for bits in BITS]
     return {
         "name": f"{layer}.conv{place}.weight" if weight else f"/{layer}/relu{place}/Relu_output_0",
@@ -141,21 +142,23 @@ def _tensor(rng: np.random.Generator, place: int) -> Document:
         "signed": weight,
         "relative": weight,
         "histogram": {"edges": edges.tolist(), "counts": (counts * 3500).tolist()},
-        "results": [_result(values, curve, method) for curve in curves for method in METHODS],
+        "results": [_result(values, curve, method, s) for curve in curves for method in METHODS],
+        "s": s,
         "curves": curves,
         "notes": ["channel 3 is all zero: threshold 1"] if place == 2 else [],
     }
 
 
-def _result(values: Array, curve: Document, method: str) -> Document:
-    largest = curve["s"][-1]
+def _result(values: Array, curve: Document, method: str, s: list[float]) -> Document:
+    largest = s[-1]
     factor = _CLIPPED_AT[method]
     threshold = min(largest, curve["minima"][0]["s"] * factor) if factor else largest
     spread = 0.15 * threshold if largest == 1 else 0.0
-    mse = float(np.interp(threshold, curve["s"], curve["measured"]))
+    mse = float(np.interp(threshold, s, curve["measured"]))
     return {
         "method": method,
         "bits": curve["bits"],
+        "actual_bits": curve["bits"],
         "threshold": threshold,
         "low": threshold - spread,
         "high": min(largest, threshold + spread),
@@ -179,7 +182,7 @@ def _curve(values: Array, bits: int, *, two: bool) -> Document:
     )
     return {
         "bits": bits,
-        "s": s[:, 0].tolist(),
+        "actual_bits": bits,
         "measured": measured.tolist(),
         "model": model.tolist(),
         "minima": [lowest, other] if two else [lowest],
@@ -210,7 +213,6 @@ def _sensitivity(names: list[str]) -> Document:
         "title": "The worst tensor left float",
         "what": "Without quantizing the worst tensor at all, the output gains most.",
         "yaml": f"rules:\n  - {{match: '^{names[0]}$', skip: true}}\n",
-        "float_share": 0.021,
     }
     points = range(0, len(names) + 1, max(1, len(names) // 24))
     return {

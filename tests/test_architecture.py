@@ -101,7 +101,6 @@ DOORS = {
         "calib.verification",
         "calib.switchable",
         "calib.inspection",
-        "calib.interface",
     },
     "onnxscript": {"calib.prepare", "calib.storage"},
     "click": {

@@ -204,25 +204,6 @@ def test_what_can_be_gone_through_once_is_compared_on_its_first_batch() -> None:
     assert "the data can be gone through only once: compared on its first batch" in check.notes
 
 
-def test_what_only_onnxs_checker_refuses_is_checked_with_a_note(save: Save) -> None:
-    """onnxruntime's tools write scales for channels at opsets that do not have them."""
-    text = """(float[N,6] x) => (float[N,4] y) <float[6,4] {0}> {{ {1} y = MatMul(x, w) }}"""
-    one = save(parsed(text.format("w", ""), {"w": np.full((6, 4), 0.5, np.float32)}))
-    stored = {"q": np.ones((6, 4), np.int8), "s": np.full(4, 0.5, np.float32)}
-    pair = "w = DequantizeLinear<axis=1>(q, s, z);"
-    proto = parsed(
-        text.format("unused", pair.rstrip(";")),
-        stored | {"z": np.zeros(4, np.int8)},
-        opset=11,
-    )
-    other = save(proto)
-    check = check_models(one, other, None, Run(bounds=Bounds(min_sqnr=100)))
-    assert check.passed, check.failures
-    assert check.quantized.n_bytes == other.stat().st_size
-    (note,) = (note for note in check.notes if "onnxruntime runs" in note)
-    assert "but " + str(other) + ": not a valid ONNX model: Unrecognized attribute: axis" in note
-
-
 # --- what is refused --------------------------------------------------------------------------
 
 

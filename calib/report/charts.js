@@ -155,12 +155,12 @@ function histogram(tensor, results) {
 }
 
 /** What each clipping scalar costs: measured, by the model, its minima, and the methods' choices. */
-function errorCurve(tensor, results, { s, measured: errors, model, minima, second }) {
+function errorCurve(tensor, results, { measured: errors, model, minima, second }) {
   const [ink, muted, bad] = ["--ink", "--muted", "--bad"].map(css);
   const hovertemplate = "s = %{x:.4~g}: %{y:.4~g}";
   const marks = (name, points, marker) => ({ name, mode: "markers", marker, hovertemplate,
     x: points.map((point) => point.s), y: points.map((point) => point.mse) });
-  const line = { x: s, mode: "lines", hovertemplate };
+  const line = { x: tensor.s, mode: "lines", hovertemplate };
   const data = [
     { ...line, y: errors, name: "measured", line: { color: ink, width: 2 } },
     { ...line, y: model, name: "model J(s)", line: { color: muted, width: 2, dash: "dash" } },

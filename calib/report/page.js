@@ -142,19 +142,21 @@ function showProposals(found) {
     `dB; the worst first, all others at ${bits} bits`, () => wideningCurve(found)));
 }
 
-function proposal({ title, what, yaml, n_samples: samples, float_share: kept, ...effect }) {
+function proposal({ title, what, yaml, n_samples: samples, ...effect }) {
   const code = make("pre", { tabIndex: 0 }, yaml);
   const button = make("button", { type: "button", "aria-live": "polite" }, "Copy");
   button.onclick = async () => {
     button.textContent = (await copy(yaml, code)) ? "Copied" : "Press Ctrl+C";
     setTimeout(() => { button.textContent = "Copy"; }, 2000);
   };
-  const left = known(kept) ? `; ${percent(kept)} % stays float` : "";
+  const { before, after } = effect;
+  const top1 = known(before?.top1) && known(after?.top1)
+    ? `top-1 ${db(before.top1)} → ${db(after.top1)} %, ` : "";
   return make("article", {},
     make("h3", {}, title),
     make("p", {}, what),
     make("p", { className: "effect" }, `${db(effect.before_db)} → ${db(effect.after_db)} dB `,
-      make("span", {}, `measured on ${whole(samples)} samples${left}`)),
+      make("span", {}, `${top1}measured on ${whole(samples)} samples`)),
     make("div", { className: "yaml" }, code, button));
 }
 
@@ -175,6 +177,8 @@ const widthsOf = (tensor) => [...new Set(tensor.results.map((result) => result.b
 const view = { bits: doc.bits[0], filter: "", sort: {}, open: new Set() };
 /** The width that is looked at, or the only one that a tensor has, as in a calibrated model. */
 const bitsOf = (tensor) => (widthsOf(tensor).length === 1 ? widthsOf(tensor)[0] : view.bits);
+/** First and last layers may be wider than what was asked for. */
+const actualOf = (tensor) => resultsOf(tensor)[0]?.actual_bits ?? bitsOf(tensor);
 const resultsOf = (tensor) => tensor.results.filter(({ bits }) => bits === bitsOf(tensor));
 const resultOf = (tensor, method) => resultsOf(tensor).find((row) => row.method === method);
 const curveOf = (tensor) => tensor.curves.find(({ bits }) => bits === bitsOf(tensor));
@@ -206,7 +210,7 @@ function tensorTable() {
     text("Tensor", (row) => row.name, { className: "name", cell: opener }),
     text("Kind", (row) => row.kind),
     text("Granularity", (row) => row.granularity),
-    ...(doc.tensors.some((row) => bitsOf(row) !== view.bits) ? [number("Bits", bitsOf)] : []),
+    ...(doc.tensors.some((row) => actualOf(row) !== view.bits) ? [number("Bits", actualOf)] : []),
     ...methods.map((method) => number(method, sqnr(method), db, { hint: "SQNR, dB",
       heading: () => methodName(method), tint: tintOf(method),
       bar: (row) => length(sqnr(method)(row)) })),
@@ -253,7 +257,7 @@ function expand(tensor, tr) {
 }
 
 function tensorCharts(tensor) {
-  const [results, curve, bits] = [resultsOf(tensor), curveOf(tensor), bitsOf(tensor)];
+  const [results, curve, bits] = [resultsOf(tensor), curveOf(tensor), actualOf(tensor)];
   const unit = tensor.relative ? ", as fractions of each channel's own maximum" : "";
   const legend = "measured (line), model J(s) (dashed), minima (dots)" +
     (curve?.second ? ", the two candidates (diamonds)" : "");
@@ -268,7 +272,7 @@ function tensorCharts(tensor) {
 
 function showSeconds(tensors) {
   const rows = tensors.flatMap(({ name, curves }) => curves.filter((curve) => curve.second)
-    .map(({ bits, second }) => ({ name, bits, ...second })));
+    .map(({ actual_bits: bits, second }) => ({ name, bits, ...second })));
   if (!rows.length) return;
   const columns = [
     named(),

@@ -48,9 +48,8 @@ def survey_document(survey: Survey) -> dict[str, Any]:
     model = survey.model
     tables = {(row.method, row.bits): row.table for row in survey.rows}
     sure = survey.confidence
-    lowest = min(survey.candidates.bits)
     n_samples = [row.comparison.n_samples for row in survey.rows if row.comparison]
-    head = {"method": survey.candidates.methods[0], "bits": lowest}
+    head = dict(zip(("method", "bits"), survey.detailed, strict=True))
     return {
         **blank("compare", model_facts(model.path, model.sha256, model.n_bytes)),
         "command": survey.run.command,
@@ -113,6 +112,7 @@ def _sensitivity(found: Sensitivity) -> dict[str, Any]:
             for damage in found.tensors
         ],
         "curve": [{"n": n, "sqnr_db": number(db)} for n, db in found.curve],
+        "excluding": [{"n": n, "sqnr_db": number(db)} for n, db in found.excluding],
         "layers": list(found.layers),
     }
 

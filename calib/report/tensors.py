@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,16 @@ _DIGITS = 5  # more than a chart can show, and half the size of all
 def tensor_entries(
     profiles: Sequence[Profile], tables: Mapping[tuple[str, int], CalibrationTable]
 ) -> list[dict[str, Any]]:
-    """One entry for each profile, with the results of every table in it.
+    """One entry for each profile, with the results of every table that quantizes it.
 
     Args:
         tables: by method and width.
     """
-    records = {key: {r.name: r for r in table.records} for key, table in tables.items()}
-    return [
-        _entry(profile, {key: found[profile.name] for key, found in records.items()})
-        for profile in profiles
-        if all(profile.name in found for found in records.values())
-    ]
+    found: dict[str, dict[tuple[str, int], TensorRecord]] = {}
+    for key, table in tables.items():
+        for record in table.records:
+            found.setdefault(record.name, {})[key] = record
+    return [_entry(profile, found[profile.name]) for profile in profiles if profile.name in found]
 
 
 def _entry(profile: Profile, records: Mapping[tuple[str, int], TensorRecord]) -> dict[str, Any]:
@@ -45,7 +44,8 @@ def _entry(profile: Profile, records: Mapping[tuple[str, int], TensorRecord]) ->
         "relative": profile.relative,
         "histogram": {"edges": _shorts(profile.edges), "counts": profile.counts.tolist()},
         "results": [_result(profile, *key, record) for key, record in records.items()],
-        "curves": [_curve(curve) for curve in profile.curves],
+        "s": _shorts(profile.curves[0].thresholds),
+        "curves": list(_curves(profile, records)),
         "notes": list(dict.fromkeys(note for r in records.values() for note in r.notes)),
     }
 
@@ -58,7 +58,7 @@ def _result(profile: Profile, method: str, bits: int, record: TensorRecord) -> d
     return {
         "method": method,
         "bits": bits,
-        "stored_bits": record.qtype.bits,
+        "actual_bits": record.qtype.bits,
         "threshold": _short(float(np.median(found))),
         "low": _short(float(found.min())),
         "high": _short(float(found.max())),
@@ -66,11 +66,18 @@ def _result(profile: Profile, method: str, bits: int, record: TensorRecord) -> d
     }
 
 
+def _curves(
+    profile: Profile, records: Mapping[tuple[str, int], TensorRecord]
+) -> Iterator[dict[str, Any]]:
+    """One for each width that was asked for, at the width that the tensor then has."""
+    found = {curve.bits: curve for curve in profile.curves}
+    for bits, actual in {bits: record.qtype.bits for (_, bits), record in records.items()}.items():
+        yield {"bits": bits, "actual_bits": actual, **_curve(found[actual])}
+
+
 def _curve(curve: Curve) -> dict[str, Any]:
     second = curve.second
     return {
-        "bits": curve.bits,
-        "s": _shorts(curve.thresholds),
         "measured": _shorts(curve.measured),
         "model": _shorts(curve.modelled),
         "minima": [_point(point) for point in curve.minima],
