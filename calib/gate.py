@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ from calib.bounds import Verdict
 from calib.comparison import Comparison
 from calib.data import open_data
 from calib.errors import ModelError, VerificationError, one_line
-from calib.files import uninterrupted, whole_file, writing
+from calib.files import uninterrupted, write_texts
 from calib.graph import Model, load_model
 from calib.inspection import Inspection, inspect
 from calib.interface import check_interface, feeding_model
 from calib.iterables import Batches
 from calib.metric import load_metric
-from calib.report.document import blank, model_facts, number
+from calib.report.document import blank, model_facts, number, verdict_facts
 from calib.report.junit import render_junit
 from calib.report.markdown import render_markdown
-from calib.report.page import render_page
+from calib.report.page import check_available, render_page
 from calib.run import Run, Split, check_outputs
 from calib.table import dumps
 
@@ -131,7 +131,7 @@ class Check:
             "failure": self.failure,
             "float": self.float_model.facts,
             "quantized": self.quantized.facts,
-            "verdicts": [_plain(verdict) for verdict in self.verdicts],
+            "verdicts": [verdict_facts(verdict) for verdict in self.verdicts],
             "outputs": [
                 {
                     "name": name,
@@ -262,7 +262,7 @@ def _check_files(files: CheckFiles, models: tuple[Model, Model], data: object, r
     read = [*models[0].files, *models[1].files, *others, *run.runtime.custom_ops, *run.protected]
     check_outputs([files.report, files.junit, files.markdown, files.json], read, run)
     if files.report is not None:
-        render_page(blank("check", {"name": ""}))  # it may lack a library: said before the work
+        check_available()
 
 
 def _write(document: dict[str, Any], files: CheckFiles) -> None:
@@ -273,13 +273,10 @@ def _write(document: dict[str, Any], files: CheckFiles) -> None:
         "markdown": render_markdown,
         "json": _json,
     }
+    paths = {name: getattr(files, name) for name in renderers}
+    texts = {path: renderers[name](document) for name, path in paths.items() if path is not None}
     with ExitStack() as stack:
-        for name, render in renderers.items():
-            path = getattr(files, name)
-            if path is not None:
-                text = render(document)
-                with writing(path):
-                    stack.enter_context(whole_file(path)).write_text(text, "utf-8")
+        write_texts(texts, stack)
         with uninterrupted():
             stack.close()
 
@@ -296,12 +293,4 @@ def _options(data: object, run: Run) -> dict[str, Any]:
         "metric": run.metric,
         "provider": run.runtime.provider,
         **{name: getattr(run.bounds, name.replace("-", "_")) for name in run.bounds.asked},
-    }
-
-
-def _plain(verdict: Verdict) -> dict[str, Any]:
-    return {
-        **{name: number(v) if name == "found" else v for name, v in asdict(verdict).items()},
-        "holds": verdict.holds,
-        "text": verdict.text,
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from calib.rules import Rules, TensorRule
 from calib.sensitivity import Sensitivity
 from calib.table import CalibrationTable
+from calib.targets import TensorSpec
 from calib.yaml_text import dump
 
 
@@ -20,7 +21,7 @@ class Proposal:
         title: what it is called.
         what: what it does, in one sentence.
         rules: all rules with it.
-        yaml: the part of ``octav.yaml`` that differs, ready to paste.
+        yaml: them as ``octav.yaml`` has them, ready to paste.
     """
 
     title: str
@@ -34,55 +35,71 @@ def propose(
 ) -> tuple[Proposal, ...]:
     """Rules that give the worst tensors ``wide_bits``, and a list of layers to keep float, each
     as short as reaches ``found.target_db``; nothing where all tensors or layers would be in it."""
-    kinds = {record.name: record.spec.kind for record in table.records}
+    records = {record.name: record for record in table.records}
     proposals = []
-    names = [name for name in found.widened() if table_bits(table, name) < wide_bits]
-    if names and len(found.widened()) < len(found.tensors):
-        new = tuple(
-            TensorRule(f"^{re.escape(name)}$", kind=kinds[name], bits=wide_bits) for name in names
-        )
-        proposals.append(_mixed(new, rules, wide_bits))
+    worst = [records[name] for name in found.widened()]
+    narrow = [record.spec for record in worst if record.qtype.bits < wide_bits]
+    if narrow and len(worst) < len(found.tensors):
+        proposals.append(_mixed(narrow, rules, wide_bits))
     layers = found.excluded()
     if layers and len(layers) < len(found.layers):
         proposals.append(_excluding(layers, rules))
     return tuple(proposals)
 
 
-def table_bits(table: CalibrationTable, name: str) -> int:
-    """The width of one tensor."""
-    return next(record.qtype.bits for record in table.records if record.name == name)
-
-
-def _mixed(new: tuple[TensorRule, ...], rules: Rules, wide_bits: int) -> Proposal:
-    bits = rules.widths.weights
-    changed = replace(rules, overrides=(*new, *rules.overrides))
+def _mixed(worst: Sequence[TensorSpec], rules: Rules, wide_bits: int) -> Proposal:
+    """Each tensor gets a rule before the one that decides on it now, of which it keeps the rest."""
+    overrides = list(rules.overrides)
+    for spec in worst:
+        old = next((rule for rule in rules.overrides if _decides(rule, spec)), None)
+        match = f"^{re.escape(spec.name)}$"
+        new = replace(old or TensorRule(match), match=match, kind=spec.kind, bits=wide_bits)
+        overrides.insert(overrides.index(old) if old else len(overrides), new)
+    changed = replace(rules, overrides=tuple(overrides))
     return Proposal(
-        title=f"mixed {bits}/{wide_bits} bits",
-        what=f"{wide_bits} bits for the {len(new)} tensors that hurt the output most",
+        title=f"mixed {rules.widths.weights}/{wide_bits} bits",
+        what=f"{wide_bits} bits for the {len(worst)} tensors that hurt the output most",
         rules=changed,
-        yaml=dump({**_general(rules), "rules": [_plain(rule) for rule in changed.overrides]}),
+        yaml=_yaml(changed),
     )
+
+
+def _decides(rule: TensorRule, spec: TensorSpec) -> bool:
+    names = (spec.name, *spec.consumers)
+    return rule.kind in (None, spec.kind) and any(re.search(rule.match, name) for name in names)
 
 
 def _excluding(layers: Sequence[str], rules: Rules) -> Proposal:
     pattern = f"^(?:{'|'.join(map(re.escape, layers))})$"
-    if rules.selection.exclude is not None:
-        pattern = f"{pattern}|(?:{rules.selection.exclude})"
-    changed = replace(rules, selection=replace(rules.selection, exclude=pattern))
-    plain = [_plain(rule) for rule in rules.overrides]
+    if rules.selection.exclude is None:
+        changed = replace(rules, selection=replace(rules.selection, exclude=pattern))
+    else:  # the user's pattern may have flags, which can stand at its beginning alone
+        skipping = TensorRule(pattern, skip=True)
+        changed = replace(rules, overrides=(skipping, *rules.overrides))
     return Proposal(
         title="worst layers float",
         what=f"the {len(layers)} layers that hurt the output most stay float",
         rules=changed,
-        yaml=dump({**_general(rules), "exclude": pattern, **({"rules": plain} if plain else {})}),
+        yaml=_yaml(changed),
     )
 
 
-def _general(rules: Rules) -> dict[str, object]:
-    widths = rules.widths
-    edge = {} if widths.edge is None else {"edge-bits": widths.edge}
-    return {"bits": widths.weights, **edge, "method": rules.method}
+def _yaml(rules: Rules) -> str:
+    """All of ``rules`` that is not what holds without saying so."""
+    selection, usual = rules.selection, Rules()
+    settings: dict[str, object] = {"bits": rules.widths.weights, "edge-bits": rules.widths.edge}
+    settings["method"] = rules.method
+    if rules.weight_granularity != usual.weight_granularity:
+        settings["weight-granularity"] = rules.weight_granularity
+    if rules.reduction.name != usual.reduction.name:
+        settings |= {"reduce": rules.reduction.name, "mean-batches": rules.reduction.batches}
+    settings |= {"only": selection.only, "exclude": selection.exclude}
+    if selection.op_types != usual.selection.op_types:
+        settings["op-types"] = list(selection.op_types)
+    if rules.overrides:
+        settings["rules"] = [_plain(asdict(rule)) for rule in rules.overrides]
+    return dump(_plain(settings))
 
 
-def _plain(rule: TensorRule) -> dict[str, object]:
-    return {k: v for k, v in asdict(rule).items() if v is not None and v is not False}
+def _plain(settings: Mapping[str, object]) -> dict[str, object]:
+    return {k: v for k, v in settings.items() if v is not None and v is not False}

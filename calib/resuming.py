@@ -11,6 +11,7 @@ from calib.counterfile import is_checkpoint
 from calib.errors import ObservationsError, OutputError
 from calib.graph import Model, quantizable_uses
 from calib.observations import Observations, Observing, observe
+from calib.report.page import check_available
 from calib.run import Run, Split, check_outputs
 from calib.targets import Plan, Rules
 
@@ -69,6 +70,8 @@ def check_files(outputs: Sequence[Path | None], model: Model, data: object, run:
     paths = [data if isinstance(data, str | Path) else None, run.observations, run.reading.labels]
     others = (Path(path) for path in paths if path is not None)
     inputs = [*model.files, *others, *run.runtime.custom_ops, *run.protected]
+    if run.report is not None:
+        check_available()
     check_outputs([*outputs, run.save_observations, run.summary, run.report], inputs, run)
     _check_checkpoint(run)
 

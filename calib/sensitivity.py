@@ -173,7 +173,7 @@ class _Trials:
 
     def run(self, trials: Mapping[_Key, Records], first: bool = False) -> dict[_Key, float]:
         """Output SQNR with each set of records, the lowest of all outputs; on the ``first`` batch
-        alone or on all."""
+        alone or on all. Minus infinity where an output has another shape than in float."""
         kept = self._kept[:1] if first else self._kept
         return {key: self._sqnr_db(records, kept) for key, records in trials.items()}
 
@@ -181,6 +181,8 @@ class _Trials:
         differences: dict[str, Difference] = {}
         for batch, expected in kept:
             for name, actual in self._model.run(batch, records).items():
+                if name not in expected or actual.shape != expected[name].shape:
+                    return -math.inf
                 if actual.dtype.kind == "f":
                     differences.setdefault(name, Difference()).add(expected[name], actual)
         return min((d.sqnr_db for d in differences.values()), default=math.inf)

@@ -44,27 +44,27 @@ def _guarded(work: Callable[[], object], name: str) -> int:
         code = work()
         if sys.stdout is not None:
             sys.stdout.flush()
-    except (click.ClickException, CalibError) as error:
-        text = error.format_message() if isinstance(error, click.ClickException) else error
-        print(f"{name}: error: {one_line(text)}", file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:  # a full disk behind stdout, say
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until exit
-        return BAD_INPUT
-    except MemoryError:
-        print(f"{name}: error: out of memory: try a smaller --batch-size", file=sys.stderr)
+    except (click.ClickException, CalibError, OSError, MemoryError, SystemExit) as error:
+        print(f"{name}: error: {_told(error)}", file=sys.stderr)
+        if isinstance(error, OSError):  # a full disk behind stdout, say
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until exit
         return BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
         print(f"{name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except SystemExit as error:  # of the user's own module
-        print(f"{name}: error: what was imported ended Python ({error.code})", file=sys.stderr)
-        return BAD_INPUT
     except Terminated:
         print(f"{name}: terminated", file=sys.stderr)
         return _TERMINATED
     return code if isinstance(code, int) else 0
+
+
+def _told(error: BaseException) -> str:
+    """One line."""
+    if isinstance(error, MemoryError):
+        return "out of memory: try a smaller --batch-size"
+    if isinstance(error, SystemExit):
+        return f"a function of yours ended Python ({error.code})"
+    return one_line(error.format_message() if isinstance(error, click.ClickException) else error)
 
 
 def set_verbosity(verbose: bool) -> None:

@@ -128,7 +128,7 @@ def _methods(text: str) -> tuple[str, ...]:
     methods: list[str] = []
     for part in text.split(","):
         if methods and ":" in methods[-1] and "=" in part and ":" not in part:
-            methods[-1] += f",{part}"
+            methods[-1] += f",{part.strip()}"
         else:
             methods.append(part.strip())
     return tuple(methods)

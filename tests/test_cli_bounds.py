@@ -159,7 +159,7 @@ def test_the_users_metric_is_measured_on_both_models(capsys: Capsys) -> None:
         (("--metric", "my_metrics:none"), ("my_metrics:none", "cannot be imported")),
         (("--metric", "my_metrics:fails"), ("my_metrics:fails", "ValueError: no such class")),
         (("--metric", "my_metrics:nothing"), ("my_metrics:nothing", "finite number", "nan")),
-        (("--metric", "my_metrics:ends"), ("ended Python (3)",)),
+        (("--metric", "my_metrics:ends"), ("a function of yours ended Python (3)",)),
         (("--min-agreement", 98), ("--min-agreement must be 0 to 1, got 98: 0.98 is 98 %",)),
         (("--min-cosine", 2), ("--min-cosine must be -1 to 1, got 2",)),
         (("--max-size-ratio", -1), ("--max-size-ratio must be at least 0, got -1",)),

@@ -31,8 +31,7 @@ def render_page(document: Mapping[str, Any]) -> str:
     Raises:
         OptionError: Plotly is not installed.
     """
-    if find_spec("plotly") is None:
-        raise OptionError("report: needs plotly: pip install 'octav-calibrate[report]'")
+    check_available()
     # An extra, and heavy.
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # noqa: PLC0415
 
@@ -45,6 +44,12 @@ def render_page(document: Mapping[str, Any]) -> str:
     }
     # One pass: what a part holds is never taken for a placeholder.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("page.html"))
+
+
+def check_available() -> None:
+    """Raises `OptionError` if no page can be made: to be told before the work, not after it."""
+    if find_spec("plotly") is None:
+        raise OptionError("report: needs plotly: pip install 'octav-calibrate[report]'")
 
 
 def _file(name: str) -> str:
