@@ -195,12 +195,12 @@ def test_octavs_threshold_lies_at_the_minimum_of_the_modelled_curve(
 
 def test_planted_outliers_give_a_second_minimum_and_both_candidates(save: Save) -> None:
     raw = values(100_000, scale=1.0, seed=7)
-    raw[:60] = 40.0
+    raw[:10] = 100.0
     (curve,) = profiled(save, raw, widths=(4,))["x"].curves
     assert curve.second is not None
     small, large = curve.second
     assert small.threshold < 15
-    assert large.threshold > 35
+    assert large.threshold > 90
     for point in curve.second:
         at = curve.thresholds == point.threshold
         assert curve.measured[at] == point.mse
@@ -227,7 +227,9 @@ def plain(name: str) -> Floats:
         return rng.uniform(-1, 1, 200_000).astype(np.float32)
     if name == "half zero":
         return np.maximum(rng.standard_normal(200_000), 0).astype(np.float32)
-    pixels = rng.choice(256, 200_000, p=np.bincount(rng.integers(0, 256, 3000), minlength=256) / 3000)
+    pixels = rng.choice(
+        256, 200_000, p=np.bincount(rng.integers(0, 256, 3000), minlength=256) / 3000
+    )
     return ((pixels / 255 - 0.45) / 0.22).astype(np.float32)
 
 
@@ -292,7 +294,6 @@ def test_a_constant_and_one_value_have_finite_curves(save: Save, raw: NDArray[An
     for curve in profile.curves:
         assert np.isfinite(curve.measured).all()
         assert np.isfinite(curve.modelled).all()
-        assert curve.second is None
         assert curve.minima
 
 
