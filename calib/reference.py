@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -15,6 +16,17 @@ from calib.comparison import Comparison, Scores, Totals
 from calib.errors import DataError, OutputError, one_line
 from calib.graph import Model
 from calib.metric import load_metric, score
+
+
+@contextmanager
+def _keeping() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{tempfile.gettempdir()}: outputs of the float model cannot be kept: "
+            f"{one_line(error)}; let TMPDIR name a folder with room"
+        ) from error
 
 
 class Reference:
@@ -46,7 +58,8 @@ class Reference:
         self._metric, self._first = metric, first
         self._names: list[tuple[str, ...]] = []
         self.n_samples = 0
-        self._tape = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this does
+        with _keeping():
+            self._tape = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this does
         try:
             self.score = self._recorded()
         except BaseException:
@@ -94,14 +107,9 @@ class Reference:
         return Session(model, self._runtime, feedback=self._model.feedback)
 
     def _record(self, outputs: Values) -> None:
-        try:
+        with _keeping():
             for array in outputs.values():
                 np.lib.format.write_array(self._tape, np.asarray(array), allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise OutputError(
-                f"{tempfile.gettempdir()}: outputs of the float model cannot be kept: "
-                f"{one_line(error)}; let TMPDIR name a folder with room"
-            ) from error
         self._names.append(tuple(outputs))
 
     def _score(self, session: Session) -> float | None:

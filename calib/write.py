@@ -51,6 +51,12 @@ class Quantized:
     notes: tuple[str, ...]
     external_data: bool = False
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of all weights and other constants, as they will be stored."""
+        tensors = (v.const_value for g in self.ir.graphs() for v in g.initializers.values())
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def save(self, path: Path, external_data: str = "auto") -> None:
         """Writes the model to ``path``, whole or not at all.
 
@@ -69,8 +75,7 @@ class Quantized:
     def write(self, path: Path, external_data: str = "auto", data: str | None = None) -> Quantized:
         """As `save`, straight to ``path``; ``data`` is the name of the other file. Returns the
         same, its weights on disk instead of in memory."""
-        tensors = [v.const_value for g in self.ir.graphs() for v in g.initializers.values()]
-        n_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        n_bytes = self.n_bytes
         if external_data == "auto":
             external = n_bytes > _MOST_INLINE or self.external_data
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -117,7 +118,7 @@ def command(config: Path | None, **options: Any) -> None:
 
 def _bits(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
         raise OptionError(f"--bits must be whole numbers with commas, as 4,6,8, got {text!r}")
     return tuple(map(int, parts))
 

@@ -258,3 +258,19 @@ def test_an_output_in_a_folder_that_does_not_exist_is_one_line(tmp_path: Path) -
     assert done.stderr.splitlines() == [
         f"fixtures.py: cannot write {out}: it must be a file in a folder that exists"
     ]
+
+
+# --- bench_compare ----------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_comparing_prints_what_every_method_takes(tmp_path: Path) -> None:
+    images = load_arrays(DIGITS / "digits.npz")["image"]
+    np.savez(tmp_path / "d.npz", image=images)
+    options = (DIGITS / "digits.onnx", tmp_path / "d.npz", "--samples", 64, "--runs", 1)
+    done = run_script(SAMPLES / "bench_compare.py", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("tensors, 64 samples, medians of process time")
+    methods = [line.split()[0] for line in lines[2:-1]]
+    assert methods == ["octav", "mse", "percentile:99.9", "percentile:99.99", "max"]
+    assert re.fullmatch(r"5 methods at 4, 6, 8 bits: \d+\.\d\d s", lines[-1])
