@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from calib.calibration import calibrate_with
 from calib.calibrators import Calibrator, make
 from calib.counterfile import Counters
-from calib.distribution import Distribution, Floats
+from calib.distribution import Distribution, Floats, Histogram
 from calib.graph import Model
 from calib.observations import Observations
 from calib.qtypes import QuantType
@@ -19,17 +22,20 @@ from calib.targets import Plan, Rules
 # A threshold 5 % off the optimum of OCTAV adds at most 0.19 dB to the MSE at 4 bits and 0.25 dB at
 # 8, one 10 % off 0.5 and 1.4 dB: on Gaussian, rectified Gaussian, Laplace and Student (5) data.
 ENOUGH_PERCENT = 5.0
+ENOUGH_DB = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Certainty:
     """Thresholds of one activation, in its unit: from all samples, and from each half; 0 from those
-    in which it is zero throughout."""
+    in which it is zero throughout. ``excess_db``: how much more error the worse half's threshold
+    makes on all samples; where the error is flat, thresholds that differ cost nothing."""
 
     name: str
     all: float
     first: float
     second: float
+    excess_db: float
 
     @property
     def percent(self) -> float:
@@ -57,8 +63,12 @@ class Confidence:
 
     @property
     def unsure(self) -> tuple[Certainty, ...]:
-        """Those that differ by more than `ENOUGH_PERCENT`."""
-        return tuple(tensor for tensor in self.tensors if tensor.percent > ENOUGH_PERCENT)
+        """Those that differ by more than `ENOUGH_PERCENT`, at the cost of more than `ENOUGH_DB`."""
+        return tuple(
+            tensor
+            for tensor in self.tensors
+            if tensor.percent > ENOUGH_PERCENT and tensor.excess_db > ENOUGH_DB
+        )
 
     @property
     def text(self) -> str:
@@ -74,9 +84,10 @@ class Confidence:
             return f"{found}; {names} were seen in one half only: more samples are needed"
         if not self.unsure:
             return f"{found}: more samples would change little"
-        n, of, worst = len(self.unsure), len(percents), self.tensors[0].name
-        beyond = f"{n} of {of} by more than {ENOUGH_PERCENT:g} %, {worst!r} most"
-        return f"{found}, {beyond}: more samples are needed"
+        n, of, worst = len(self.unsure), len(percents), self.unsure[0]
+        beyond = f"{n} of {of} by more than {ENOUGH_PERCENT:g} %"
+        cost = f"{worst.name!r} at the cost of {worst.excess_db:.1f} dB"
+        return f"{found}, {beyond}, {cost}: more samples are needed"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -90,6 +101,7 @@ class Confidence:
                     "first": tensor.first,
                     "second": tensor.second,
                     "percent": tensor.percent,
+                    "excess_db": tensor.excess_db,
                 }
                 for tensor in self.tensors
             ],
@@ -120,17 +132,28 @@ def confidence(
 
     everything = records(observations.counters)
     calibrators.update({n: _OnGrid(calibrators[n], r.qtype) for n, r in everything.items()})
-    first, second = map(records, observations.halves)
-    both = [name for name in everything if name in first and name in second]
+    halves = [records(half) for half in observations.halves]
     tensors = [
-        Certainty(name, *(_threshold(found[name]) for found in (everything, first, second)))
-        for name in both
+        _certainty(
+            Histogram(observations.counters[name]), [part[name] for part in (everything, *halves)]
+        )
+        for name in everything
+        if all(name in half for half in halves)
     ]
     if not tensors:
         return None
     ranked = sorted(tensors, key=lambda tensor: tensor.percent, reverse=True)
-    unseen = tuple(name for name in everything if name not in both)
+    known = {tensor.name for tensor in tensors}
+    unseen = tuple(name for name in everything if name not in known)
     return Confidence(observations.half_samples, tuple(ranked), unseen)
+
+
+def _certainty(dist: Histogram, records: list[TensorRecord]) -> Certainty:
+    everything, first, second = (_threshold(record) for record in records)
+    thresholds = np.array([[everything], [first], [second]])
+    best, *others = dist.mse(thresholds, records[0].qtype)[:, 0]
+    worse = max(*others, best) / best if best > 0 else 1.0
+    return Certainty(records[0].name, everything, first, second, 10 * math.log10(worse))
 
 
 @dataclass(frozen=True, slots=True)

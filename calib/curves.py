@@ -21,6 +21,7 @@ from calib.targets import TensorSpec
 
 _BINS = 64
 _POINTS = 96
+_REFINED = 24
 _LOWEST = 1 / 256  # of the maximum: where the smallest threshold of a curve lies
 _BARRIER = 1.02  # between two minima the error rises by at least 2 %, or they are ripples of one
 _APART = 1.5
@@ -163,9 +164,18 @@ def _curve(dist: Histogram, qtype: QuantType) -> Curve:
     thresholds = np.geomspace(_LOWEST, 1.0, _POINTS) * (largest or 1.0)
     column = thresholds[:, None]
     measured, modelled = dist.mse(column, qtype)[:, 0], dist.modelled_mse(column, qtype)[:, 0]
-    minima = minima_of(measured) if largest > 0 else ()
-    points = tuple(Point(float(thresholds[i]), float(measured[i])) for i in minima)
-    return Curve(qtype.bits, thresholds, measured, modelled, points)
+    found = minima_of(measured) if largest > 0 else ()
+    minima = tuple(_refined(dist, qtype, thresholds, i) for i in found)
+    return Curve(qtype.bits, thresholds, measured, modelled, minima)
+
+
+def _refined(dist: Histogram, qtype: QuantType, thresholds: Floats, i: int) -> Point:
+    """The least error between the neighbours of ``thresholds[i]``."""
+    low, high = thresholds[max(i - 1, 0)], thresholds[min(i + 1, thresholds.size - 1)]
+    finer = np.append(np.linspace(low, high, _REFINED), thresholds[i])
+    errors = dist.mse(finer[:, None], qtype)[:, 0]
+    best = int(np.argmin(errors))
+    return Point(float(finer[best]), float(errors[best]))
 
 
 def minima_of(values: Floats, barrier: float = _BARRIER) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 from calib.bounds import Verdict
 from calib.comparison import Comparison
 from calib.data import open_data
-from calib.errors import ModelError, VerificationError, one_line
+from calib.errors import ModelError, OptionError, VerificationError, one_line
 from calib.files import uninterrupted, write_texts
 from calib.graph import Model, load_model
 from calib.inspection import Inspection, inspect
@@ -194,6 +194,8 @@ def check_models(
     _check_files(files, (model, other), data, run)
     feeding, note = feeding_model(model, other)
     split = Split.of(open_data(feeding, data, run.reading), run, None)
+    if data is not None:
+        _check_left(split)
     comparison, failure = _compared(split, model, other)
     sizes = model.n_bytes, other.n_bytes
     check = Check(
@@ -254,6 +256,16 @@ def _notes(split: Split, model: Model, other: Model) -> Iterator[str]:
     yield from split.all_notes
     if not split.run.bounds.asked:
         yield "no bound was asked for, so that none can fail: 'min-sqnr' would be one"
+
+
+def _check_left(split: Split) -> None:
+    """Raises `OptionError` if no samples are left besides those that calibration saw."""
+    n, asked = split.source.n_samples, split.run.samples
+    if asked is not None and n is not None and not split.held_out:
+        raise OptionError(
+            f"samples: calibration saw the first {asked}, and there are {n}: none are left to "
+            f"compare on; give other data, or leave --samples out"
+        )
 
 
 def _check_files(files: CheckFiles, models: tuple[Model, Model], data: object, run: Run) -> None:

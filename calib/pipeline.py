@@ -45,6 +45,7 @@ class Calibration:
         warnings: what makes the result doubtful.
         notes: what was changed or left out.
         verdicts: on the bounds that were set.
+        made_up: the comparison is on made-up inputs.
         kept: whether the model was written; not where a bound fails, unless it was told to.
     """
 
@@ -57,6 +58,7 @@ class Calibration:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     verdicts: tuple[Verdict, ...] = ()
+    made_up: bool = False
     kept: bool = True
 
     @property
@@ -85,7 +87,11 @@ class Calibration:
                 "quantized": scores.quantized_model,
             },
             "verdicts": [verdict_facts(verdict) for verdict in self.verdicts],
-            "compared_on": {"n_samples": self.comparison.n_samples, "held_out": self.held_out},
+            "compared_on": {
+                "n_samples": self.comparison.n_samples,
+                "held_out": self.held_out,
+                **({"made_up": True} if self.made_up else {}),
+            },
             "bytes": {"float": self.n_bytes[0], "quantized": self.n_bytes[1]},
             "seconds": self.seconds,
             "warnings": list(self.warnings),
@@ -182,6 +188,7 @@ class _Work:
             warnings=(*self.warnings, *self._collapsed(comparison)),
             notes=(*told, *_observed_notes(self.observations, split)),
             verdicts=run.bounds.judge(comparison, sizes),
+            made_up=bool(self.warnings),
         )
 
     def _collapsed(self, comparison: Comparison) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def _mixed(worst: Sequence[TensorSpec], rules: Rules, wide_bits: int) -> Proposa
     changed = replace(rules, overrides=tuple(overrides))
     return Proposal(
         title=f"mixed {rules.widths.weights}/{wide_bits} bits",
-        what=f"{wide_bits} bits for the {len(worst)} tensors that hurt the output most",
+        what=f"{wide_bits} bits for the {_most(len(worst), 'tensor')}",
         rules=changed,
         yaml=_yaml(changed),
     )
@@ -78,10 +78,15 @@ def _excluding(layers: Sequence[str], rules: Rules) -> Proposal:
         changed = replace(rules, overrides=(skipping, *rules.overrides))
     return Proposal(
         title="worst layers float",
-        what=f"the {len(layers)} layers that hurt the output most stay float",
+        what=f"float for the {_most(len(layers), 'layer')}",
         rules=changed,
         yaml=_yaml(changed),
     )
+
+
+def _most(n: int, thing: str) -> str:
+    which = f"{n} {thing}s that hurt" if n > 1 else f"{thing} that hurts"
+    return f"{which} the output most"
 
 
 def _yaml(rules: Rules) -> str:

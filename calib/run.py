@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -21,17 +20,11 @@ from calib.images import IMAGE_SUFFIXES
 from calib.iterables import Batches
 from calib.metric import load_metric, score
 from calib.observations import Observations
+from calib.progress import Progress, silent
 
 EXTERNAL_DATA = ("auto", "always", "never")
 
 _DATA_SUFFIXES = (*ARRAY_SUFFIXES, *IMAGE_SUFFIXES, ".pb")
-
-Advance = Callable[[int], None]
-Progress = Callable[[str, int | None], AbstractContextManager[Advance]]
-
-
-def _silent(_stage: str, _total: int | None) -> AbstractContextManager[Advance]:
-    return nullcontext(lambda _n: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +71,7 @@ class Run:
     report: Path | None = None
     command: str = ""
     force: bool = False
-    progress: Progress = _silent
+    progress: Progress = silent
 
     def __post_init__(self) -> None:
         for name in ("observations", "save_observations", "summary", "report"):
@@ -154,9 +147,9 @@ class Split:
                 yield batch
                 advance(batch.n_samples)
 
-    def evaluation(self) -> Iterator[Batch]:
+    def evaluation(self, stage: str | None = "evaluate") -> Iterator[Batch]:
         """Batches to compare on: those not calibrated on, if any are left; of a source that can
-        be gone through once only, its first."""
+        be gone through once only, its first. Shown as progress of ``stage``, if it has one."""
         if isinstance(self.source, Batches) and self.source.once_only:
             return iter([self.first_batch()])
         n, available = self.n_calibration, self.source.n_samples
@@ -165,14 +158,17 @@ class Split:
             head = next(rest, None)
             self.held_out = head is not None
             if head is not None:
-                return self._shown("evaluate", chain([head], rest), None)
+                return self._shown(stage, chain([head], rest), None)
         if not self.held_out:
-            return self._shown("evaluate", self.source.batches(0, n), n or available)
-        return self._shown("evaluate", self.source.batches(n or 0), (available or 0) - (n or 0))
+            return self._shown(stage, self.source.batches(0, n), n or available)
+        return self._shown(stage, self.source.batches(n or 0), (available or 0) - (n or 0))
 
-    def _shown(self, stage: str, batches: Iterator[Batch], total: int | None) -> Iterator[Batch]:
+    def _shown(
+        self, stage: str | None, batches: Iterator[Batch], total: int | None
+    ) -> Iterator[Batch]:
         """The same batches, each reported as progress once it is dealt with."""
-        with self.run.progress(stage, total) as advance:
+        progress = silent if stage is None else self.run.progress
+        with progress(stage or "", total) as advance:
             for batch in batches:
                 yield batch
                 advance(batch.n_samples)

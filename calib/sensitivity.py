@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from calib.arrays import Batch
-from calib.capture import Runtime, Values
+from calib.capture import Values
 from calib.comparison import Difference
-from calib.graph import Model
+from calib.progress import Advance, Progress, silent
 from calib.switchable import Records, Switchable
 from calib.table import CalibrationTable, TensorRecord
 
@@ -70,7 +70,7 @@ class Sensitivity:
     def target_db(self) -> float:
         """What a proposal aims at: 15 dB, where accuracy mostly lives, or 3 dB more than there is
         without it; at most what the wider width reaches, less 1 dB."""
-        return min(max(_GOOD_DB, self.base_db + _GAIN_DB), self.wide_db - _NEAR_DB)
+        return _target_db(self.base_db, self.wide_db)
 
     def widened(self) -> tuple[str, ...]:
         """The fewest of the worst tensors that reach the target at the wider width."""
@@ -82,20 +82,24 @@ class Sensitivity:
         return self.layers[: _first_reaching(self.excluding, self.target_db)]
 
 
+def _target_db(base_db: float, wide_db: float) -> float:
+    return min(max(_GOOD_DB, base_db + _GAIN_DB), wide_db - _NEAR_DB)
+
+
 def _first_reaching(curve: Iterable[tuple[int, float]], target_db: float) -> int:
     points = list(curve)
     return next((n for n, db in points if db >= target_db), points[-1][0])
 
 
 def sensitivity(
-    model: Model,
+    model: Switchable,
     narrow: CalibrationTable,
     wide: CalibrationTable,
     batches: Iterable[Batch],
-    runtime: Runtime | None = None,
+    progress: Progress = silent,
 ) -> Sensitivity:
     """Quantizes each tensor of ``narrow`` alone, all but it, and the worst ones as ``wide`` has
-    them, on the first 64 samples.
+    them, on the first 64 samples; ``model`` was made with ``narrow``.
 
     With more than 64 tensors each is first tried on the first batch alone, and only the worst 64
     are measured on all.
@@ -103,9 +107,14 @@ def sensitivity(
     Raises:
         ModelError: if onnxruntime fails.
     """
-    trials = _Trials(Switchable(model, narrow, runtime), batches)
     low = {record.name: record for record in narrow.records}
     high = {record.name: record for record in wide.records}
+    trials = _Trials(model, batches)
+    with progress("sensitivity", trials.expected(len(low))) as trials.advance:
+        return _measured(trials, low, high)
+
+
+def _measured(trials: _Trials, low: Records, high: Records) -> Sensitivity:
     alone: dict[str, Records] = {name: {name: record} for name, record in low.items()}
     estimates = trials.run(alone, first=True) if len(low) > _MOST_EXACT else {}
     exact = sorted(low, key=lambda name: estimates.get(name, 0.0))[:_MOST_EXACT]
@@ -114,9 +123,11 @@ def sensitivity(
     but = trials.run({x: {n: r for n, r in low.items() if n != x} for x in exact})
     ranked = sorted(low, key=lambda name: (name not in measured, damage[name]))
     layers = _layers(low, damage)
-    widened = {n: low | {x: high[x] for x in ranked[:n]} for n in _steps(len(ranked))}
-    excluding = {n: _without(low, layers[:n]) for n in _steps(len(layers))}
-    curve = trials.run(widened)
+    curve = trials.run({n: _widened(low, high, ranked[:n]) for n in _steps(len(ranked))})
+    excluding = trials.run({n: _without(low, layers[:n]) for n in _steps(len(layers))})
+    target_db = _target_db(curve[0], curve[len(ranked)])
+    curve |= trials.run({n: _widened(low, high, ranked[:n]) for n in _between(curve, target_db)})
+    excluding |= trials.run({n: _without(low, layers[:n]) for n in _between(excluding, target_db)})
     return Sensitivity(
         n_samples=trials.n_samples,
         base_db=curve[0],
@@ -125,8 +136,8 @@ def sensitivity(
             Damage(name, low[name].spec.kind, damage[name], but.get(name), name not in measured)
             for name in ranked
         ),
-        curve=tuple(curve.items()),
-        excluding=tuple(trials.run(excluding).items()),
+        curve=tuple(sorted(curve.items())),
+        excluding=tuple(sorted(excluding.items())),
         layers=layers,
     )
 
@@ -138,6 +149,16 @@ def _layers(records: Records, damage: Mapping[str, float]) -> tuple[str, ...]:
         for consumer in record.spec.consumers:
             noise[consumer] = noise.get(consumer, 0.0) + 10 ** (-damage[name] / 10)
     return tuple(sorted(noise, key=lambda node: -noise[node]))
+
+
+def _widened(low: Records, high: Records, names: Iterable[str]) -> Records:
+    return {**low, **{name: high[name] for name in names}}
+
+
+def _between(curve: Mapping[int, float], target_db: float) -> range:
+    """The numbers left out just before the first that reaches the target."""
+    reaching = _first_reaching(curve.items(), target_db)
+    return range(max((n for n in curve if n < reaching), default=reaching) + 1, reaching)
 
 
 def _without(records: Records, layers: Iterable[str]) -> dict[str, TensorRecord]:
@@ -156,7 +177,10 @@ def _steps(n: int) -> list[int]:
 
 
 class _Trials:
-    """Runs the same samples with different sets of tensors quantized."""
+    """Runs the same samples with different sets of tensors quantized. ``advance`` is told how many
+    samples were run."""
+
+    advance: Advance
 
     def __init__(self, model: Switchable, batches: Iterable[Batch]):
         self._model = model
@@ -171,6 +195,12 @@ class _Trials:
             if self.n_samples >= N_SAMPLES or n_bytes > _MOST_KEPT:
                 break
 
+    def expected(self, n_tensors: int) -> int:
+        """About how many samples `_measured` will run."""
+        exact = min(n_tensors, _MOST_EXACT)
+        estimates = (n_tensors > exact) * n_tensors * self._kept[0][0].n_samples
+        return estimates + (2 * exact + 2 * len(_steps(n_tensors))) * self.n_samples
+
     def run(self, trials: Mapping[_Key, Records], first: bool = False) -> dict[_Key, float]:
         """Output SQNR with each set of records, the lowest of all outputs; on the ``first`` batch
         alone or on all. Minus infinity where an output has another shape than in float."""
@@ -180,6 +210,7 @@ class _Trials:
     def _sqnr_db(self, records: Records, kept: list[tuple[Batch, Values]]) -> float:
         differences: dict[str, Difference] = {}
         for batch, expected in kept:
+            self.advance(batch.n_samples)
             for name, actual in self._model.run(batch, records).items():
                 if name not in expected or actual.shape != expected[name].shape:
                     return -math.inf

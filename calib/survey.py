@@ -21,6 +21,7 @@ from calib.table import CalibrationTable
 
 _WIDE_BITS = 8
 _WIDEST_BITS = 16
+_SMALLER = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Row:
         seconds: that the thresholds took.
         gain_db: output SQNR above that of ``max`` at the same width; None without it.
         notes: what went wrong.
+        size_ratio: size of the weights over that of the float model's.
     """
 
     method: str
@@ -76,20 +78,30 @@ class Row:
     seconds: float
     gain_db: float | None = None
     notes: tuple[str, ...] = ()
+    size_ratio: float | None = None
 
     @property
     def sqnr_db(self) -> float | None:
-        """Of the worst output; None where nothing was measured."""
-        return None if self.comparison is None else self.comparison.output_sqnr_db
+        """Of the worst output; None where nothing was measured, or no output is floating-point."""
+        if self.comparison is None or not self.comparison.sqnr_db:
+            return None
+        return self.comparison.output_sqnr_db
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A proposal, and the output with it: ``after`` it, and ``before``, on the same samples."""
+    """A proposal, and what it changes: ``before`` and ``after``, on the same samples; and
+    ``wide_size_ratio``, the size of the weights with all tensors at the wider width."""
 
     proposal: Proposal
-    before: Comparison
-    after: Comparison
+    before: Row
+    after: Row
+    wide_size_ratio: float
+
+    @property
+    def saves(self) -> bool:
+        """Whether the weights are smaller than with all tensors at the wider width."""
+        return (self.after.size_ratio or 0.0) < _SMALLER * self.wide_size_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +117,7 @@ class Survey:
         proposals: what to do about the worst tensors, measured.
         confidence: None for a single batch.
         held_out: whether the comparison is on samples that calibration did not see.
+        made_up: whether it is on made-up inputs.
         observations: what was counted.
         notes: what was changed or left out.
         warnings: what makes the result doubtful.
@@ -120,6 +133,7 @@ class Survey:
     proposals: tuple[Measured, ...]
     confidence: Confidence | None
     held_out: bool
+    made_up: bool
     observations: Observations
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from calib.arrays import Batch
 from calib.calibration import calibrate
-from calib.comparison import Comparison
 from calib.confidence import Confidence, confidence
 from calib.curves import Profile, profiles
 from calib.data import open_data
@@ -26,12 +26,14 @@ from calib.rules import Rules, Widths
 from calib.run import Run, Split
 from calib.sensitivity import Sensitivity, sensitivity
 from calib.survey import Candidates, Measured, Row, Survey, detailed, wide_bits
+from calib.switchable import Switchable
 from calib.table import CalibrationTable
-from calib.targets import make_plan
-from calib.write import write_qdq
+from calib.targets import Plan, make_plan
+from calib.write import Quantized, constant_bytes, write_qdq
 
 _MOST_BYTES = 1_000_000_000  # a switchable model holds its weights three times
 _TRIAL_BATCH = 8
+_EVEN_BATCHES = 16  # halves then differ by less than an eighth of the samples
 
 
 def compare_methods(
@@ -57,10 +59,10 @@ def compare_methods(
     """
     job = _Job(candidates or Candidates(), rules or Rules(), run or Run())
     with job.stage("load"):
-        loaded, saved, split = job.opened(model, data)
-        plan = make_plan(loaded, job.rules)
+        loaded, saved, split, plan = job.opened(model, data)
     with job.stage("observe"):
-        seen = saved or observe_split(loaded, split, plan, job.rules, halves=True)
+        halved = job.halved(loaded, data)
+        seen = saved or observe_split(loaded, halved, plan, job.rules, halves=True)
     with job.stage("calibrate"):
         rows = job.calibrated(loaded, seen, plan.activations)
     with job.stage("profile"):
@@ -68,9 +70,9 @@ def compare_methods(
         sure = job.confidence(loaded, seen)
     with _reference(loaded, split) as reference:
         with job.stage("evaluate"):
-            rows = _with_gains(tuple(job.evaluated(loaded, row, reference) for row in rows))
+            rows = _with_gains(tuple(job.evaluated(loaded, rows, reference)))
         with job.stage("sensitivity"):
-            found, proposals = job.mended(loaded, seen, data, reference)
+            found, proposals = job.mended(loaded, seen, data, rows, reference)
     return Survey(
         model=loaded,
         candidates=job.candidates,
@@ -80,6 +82,7 @@ def compare_methods(
         proposals=proposals,
         confidence=sure,
         held_out=split.held_out,
+        made_up=data is None,
         observations=seen,
         notes=(*loaded.notes, *split.all_notes, *job.notes),
         warnings=job.warnings(data, saved),
@@ -95,7 +98,12 @@ def _reference(model: Model, split: Split) -> Reference:
     def first() -> int:  # whether samples are held out, only a pass over some data tells
         return (split.n_calibration or 0) if split.held_out else 0
 
-    return Reference(model, split.evaluation, run.runtime, metric=run.metric, first=first)
+    stages = iter(["float model"])  # its pass is shown, the others are parts of a stage
+
+    def batches() -> Iterator[Batch]:
+        return split.evaluation(next(stages, None))
+
+    return Reference(model, batches, run.runtime, metric=run.metric, first=first)
 
 
 def _profiled(model: Model, observations: Observations, rows: tuple[Row, ...]) -> Iterator[Profile]:
@@ -119,6 +127,17 @@ def _gain(sqnr_db: float | None, base_db: float | None) -> float | None:
     return sqnr_db - base_db if sqnr_db != base_db else 0.0  # both may be infinite
 
 
+def _compared(model: Model, row: Row, reference: Reference) -> Row:
+    """``row`` with what its model does to the outputs, and how large that is."""
+    quantized = write_qdq(model, row.table)
+    ratio = _size_ratio(model, quantized)
+    return replace(row, comparison=reference.compare(quantized.ir), size_ratio=ratio)
+
+
+def _size_ratio(model: Model, quantized: Quantized) -> float:
+    return quantized.n_bytes / max(constant_bytes(model.ir), 1)
+
+
 class _Job:
     """What the stages of one survey share."""
 
@@ -129,8 +148,10 @@ class _Job:
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
 
-    def opened(self, path: str | Path, data: object) -> tuple[Model, Observations | None, Split]:
-        """The model, observations that are read instead of observing, and the samples."""
+    def opened(
+        self, path: str | Path, data: object
+    ) -> tuple[Model, Observations | None, Split, Plan]:
+        """The model, observations that are read instead of observing, the samples, the tensors."""
         model = load_model(path, self.run.feedback)
         check_files([], model, data, self.run)
         saved = saved_observations(model, self.run)
@@ -138,7 +159,18 @@ class _Job:
         if self.candidates.onnxruntime and isinstance(source, Batches) and source.once_only:
             raise OptionError("with-onnxruntime needs data that can be gone through again")
         self.split = Split.of(source, self.run, saved)
-        return model, saved, self.split
+        return model, saved, self.split, make_plan(model, self.rules)
+
+    def halved(self, model: Model, data: object) -> Split:
+        """The same samples in batches that are small enough for two even halves."""
+        assert self.split is not None
+        source, n = self.split.source, self.split.n_calibration or self.split.source.n_samples
+        size = self.run.reading.batch_size
+        pooled = self.rules.reduction.name == "pool"  # which no batch size changes
+        if n is None or isinstance(source, Batches) or not pooled or n > size * _EVEN_BATCHES:
+            return self.split
+        reading = replace(self.run.reading, batch_size=max(1, n // _EVEN_BATCHES))
+        return replace(self.split, source=open_data(model, data, reading))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -177,7 +209,15 @@ class _Job:
         self.lowest = self.rules_for(*detailed(self.candidates, rows))
         if self.candidates.onnxruntime:
             rows.extend(self._rivals(model, observations, names))
+        self._note_edges(rows)
         return tuple(sorted(rows, key=lambda row: self.candidates.bits.index(row.bits)))
+
+    def _note_edges(self, rows: list[Row]) -> None:
+        """Where every layer is a first or last one, a row holds other widths than it says."""
+        for bits in self.candidates.bits:
+            tables = [row.table for row in rows if row.bits == bits]
+            if all(record.qtype.bits != bits for table in tables for record in table.records):
+                self.notes.append(f"no tensor has {bits} bits: see --edge-bits and the rules")
 
     def _own(self, model: Model, observations: Observations) -> Iterator[Row]:
         for bits in self.candidates.bits:
@@ -191,14 +231,12 @@ class _Job:
         self, model: Model, observations: Observations, names: tuple[str, ...]
     ) -> Iterator[Row]:
         """Rows of onnxruntime's own calibrators; their seconds hold a pass over the data."""
-        assert self.split is not None
-        source, n = self.split.source, self.split.n_calibration
         for method in RIVALS:
             with self.noted(method):
                 start = time.perf_counter()
-                ranges = rival_ranges(
-                    model, lambda: source.batches(0, n), names, self.run.runtime, (method,)
-                )[method]
+                batches = partial(self._shown, method)
+                found = rival_ranges(model, batches, names, self.run.runtime, (method,))
+                ranges = found[method]
                 took = time.perf_counter() - start
                 for bits in self.candidates.bits:
                     start = time.perf_counter()
@@ -207,58 +245,86 @@ class _Job:
                     seconds = took + time.perf_counter() - start
                     yield Row(method, bits, table, None, seconds)
 
+    def _shown(self, stage: str) -> Iterator[Batch]:
+        assert self.split is not None
+        n = self.split.n_calibration
+        with self.run.progress(stage, n or self.split.source.n_samples) as advance:
+            for batch in self.split.source.batches(0, n):
+                yield batch
+                advance(batch.n_samples)
+
     def confidence(self, model: Model, observations: Observations) -> Confidence | None:
         """How sure the thresholds are that the details are about."""
-        with self.noted("confidence was not measured"):
-            return confidence(model, observations, make_plan(model, self.lowest), self.lowest)
+        with self.noted("how sure thresholds are was not measured"):
+            sure = confidence(model, observations, make_plan(model, self.lowest), self.lowest)
+            if sure is None and self.rules.reduction.name == "pool":
+                raise ModelError("there are no two batches, or saved observations have no halves")
+            return sure
         return None
 
     def _table(self, model: Model, observations: Observations, rules: Rules) -> CalibrationTable:
         return calibrate(model, observations, make_plan(model, rules), rules)
 
-    def evaluated(self, model: Model, row: Row, reference: Reference) -> Row:
-        """The row with what its model does to the outputs."""
-        try:
-            return replace(row, comparison=self._compare(model, row.table, reference))
-        except (ModelError, VerificationError) as error:
-            note = f"{row.method} at {row.bits} bits: {error}"
-            self.notes.append(note)
-            return replace(row, notes=(note,))
+    def evaluated(self, model: Model, rows: tuple[Row, ...], reference: Reference) -> Iterator[Row]:
+        """The rows with what their models do to the outputs."""
+        with self.run.progress("evaluate", reference.n_samples * len(rows)) as advance:
+            for row in rows:
+                try:
+                    yield _compared(model, row, reference)
+                except (ModelError, VerificationError) as error:
+                    note = f"{row.method} at {row.bits} bits: {error}"
+                    self.notes.append(note)
+                    yield replace(row, notes=(note,))
+                advance(reference.n_samples)
 
-    def _compare(self, model: Model, table: CalibrationTable, reference: Reference) -> Comparison:
-        return reference.compare(write_qdq(model, table).ir)
+    def _sensitivity(
+        self, model: Model, observations: Observations, data: object
+    ) -> Sensitivity | None:
+        """What each tensor does to the output, at the lowest width."""
+        if not self.candidates.sensitivity:
+            return None
+        with self.noted("sensitivity was not measured"):
+            if model.n_bytes > _MOST_BYTES:
+                raise ModelError(f"a model beyond {_MOST_BYTES / 1e9:g} GB, weights thrice")
+            if not any(spec.dtype.kind == "f" for spec in model.outputs):
+                raise ModelError("no output of the model is floating-point")
+            if data is None and self.run.observations is not None:
+                raise ModelError("it takes real samples, give --data")
+            wide = _widened(self.lowest, wide_bits(self.lowest.widths.weights))
+            narrow, wider = (self._table(model, observations, r) for r in (self.lowest, wide))
+            switchable = Switchable(model, narrow, self.run.runtime)
+            trials = self._trials(model, data)
+            return sensitivity(switchable, narrow, wider, trials, self.run.progress)
+        return None
 
     def mended(
-        self, model: Model, observations: Observations, data: object, reference: Reference
+        self,
+        model: Model,
+        observations: Observations,
+        data: object,
+        rows: tuple[Row, ...],
+        reference: Reference,
     ) -> tuple[Sensitivity | None, tuple[Measured, ...]]:
         """What each tensor does to the output, and what the proposals bring."""
-        if not self.candidates.sensitivity:
-            return None, ()
-        if model.n_bytes > _MOST_BYTES:
-            self.notes.append(
-                f"sensitivity was not measured: of models beyond {_MOST_BYTES / 1e9:g} GB it would "
-                f"hold the weights three times"
-            )
-            return None, ()
-        wide = wide_bits(self.lowest.widths.weights)
-        found, proposals = None, []
-        with self.noted("sensitivity was not measured"):
-            narrow = self._table(model, observations, self.lowest)
-            wider = self._table(model, observations, _widened(self.lowest, wide))
-            found = sensitivity(model, narrow, wider, self._trials(model, data), self.run.runtime)
+        found = self._sensitivity(model, observations, data)
         if found is None:
             return None, ()
-        with self.noted("proposals were not measured"):
-            before = self._compare(model, narrow, reference)
-            for one in propose(found, self.lowest, narrow, wide):
-                after = self._with_rules(model, observations, one.rules, reference)
-                proposals.append(Measured(one, before, after))
+        method, bits = self.lowest.method, self.lowest.widths.weights
+        before = next(row for row in rows if (row.method, row.bits) == (method, bits))
+        changes = [
+            (change, replace(before, table=self._table(model, observations, change.rules)))
+            for change in propose(found, self.lowest, before.table, wide_bits(bits))
+        ]
+        wide_table = self._table(model, observations, _widened(self.lowest, wide_bits(bits)))
+        wide = _size_ratio(model, write_qdq(model, wide_table))
+        proposals = []
+        with self.run.progress("proposals", reference.n_samples * len(changes)) as advance:
+            for change, row in changes:
+                with self.noted(f"{change.title} was not measured"):
+                    after = _compared(model, row, reference)
+                    proposals.append(Measured(change, before, after, wide))
+                advance(reference.n_samples)
         return found, tuple(proposals)
-
-    def _with_rules(
-        self, model: Model, observations: Observations, rules: Rules, reference: Reference
-    ) -> Comparison:
-        return self._compare(model, self._table(model, observations, rules), reference)
 
     def _trials(self, model: Model, data: object) -> Iterator[Batch]:
         """Calibration samples in small batches, as far as the source allows."""

@@ -54,8 +54,7 @@ class Quantized:
     @property
     def n_bytes(self) -> int:
         """Size of all weights and other constants, as they will be stored."""
-        tensors = (v.const_value for g in self.ir.graphs() for v in g.initializers.values())
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return constant_bytes(self.ir)
 
     def save(self, path: Path, external_data: str = "auto") -> None:
         """Writes the model to ``path``, whole or not at all.
@@ -93,6 +92,12 @@ class Quantized:
         else:
             ir.save(ir.external_data.load_to_model(self.ir.clone()), path)
         return replace(self, ir=ir.load(path))
+
+
+def constant_bytes(model: ir.Model) -> int:
+    """Size of all initializers of a graph, packed as they are stored."""
+    tensors = (v.const_value for g in model.graphs() for v in g.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def free_data_name(path: Path, others: Sequence[Path | None] = ()) -> str:

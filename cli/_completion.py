@@ -59,6 +59,16 @@ def method(
     return one_of(*known)(context, parameter, incomplete)
 
 
+def methods(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Completes the last of several calibrators with commas between them."""
+    before, comma, last = incomplete.rpartition(",")
+    return [
+        CompletionItem(f"{before}{comma}{item.value}") for item in method(context, parameter, last)
+    ]
+
+
 def any_file(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Completes to a file or folder, by the shell itself."""
     return [CompletionItem(incomplete, type="file")]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,19 +22,55 @@ if TYPE_CHECKING:
     from calib.pipeline import Calibration
     from calib.targets import Plan
 
-_PIPE_WIDTH = 100_000  # nothing is folded or cut off in a pipe
+_PIPE_WIDTH = 100_000
 _FEW = 5
+
+
+class _Trimmed(io.TextIOBase):
+    """Standard output without the blanks at the end of each line, with which tables are padded."""
+
+    def write(self, text: str) -> int:
+        sys.stdout.write(re.sub(" +\n", "\n", text))
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stdout.encoding
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output has gone: what was done stands, and so does its exit code."""
+        self.quiet = True
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until exit
+
+
+def stdout_console() -> Console:
+    """A console as wide as the terminal; in a pipe, nothing is folded, cut off or padded."""
+    if sys.stdout.isatty():
+        return _Console(highlight=False, emoji=False)
+    return _Console(file=cast(IO[str], _Trimmed()), highlight=False, emoji=False, width=_PIPE_WIDTH)
+
+
+def samples(n: int) -> str:
+    """``n`` samples, in words."""
+    return f"{n} sample" if n == 1 else f"{n} samples"
 
 
 def show_calibration(result: Calibration, verbose: bool) -> None:
     """What was done, how large it is, how good it is."""
-    console = _console()
+    console = stdout_console()
     if verbose:
         console.print(_records_table(result))
     comparison, (before, after) = result.comparison, result.n_bytes
     n_samples = comparison.n_samples
-    unseen = f"{n_samples} samples that calibration did not see"
+    unseen = f"{samples(n_samples)} that calibration did not see"
     seen = unseen if result.held_out else f"{n_samples} of the calibration samples"
+    if result.made_up:
+        seen = f"{n_samples} made-up inputs"
     rows = [
         ("model", str(result.output) if result.kept else "not written: a bound fails"),
         ("quantized", _census(result)),
@@ -65,7 +104,7 @@ def show_plan(plan: Plan) -> None:
     for spec in plan.specs:
         cells = [spec.name, spec.kind, str(spec.bits), str(spec.granularity), spec.method]
         table.add_row(*map(escape, [*cells, ", ".join(spec.consumers)]))
-    console = _console()
+    console = stdout_console()
     console.print(table)
     for skipped in plan.skipped:
         console.print(f"kept float: {escape(skipped.name)}: {escape(skipped.reason)}")
@@ -94,11 +133,6 @@ def progress_bar(stage: str, total: int | None) -> Iterator[Callable[[int], None
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(stage, total=total)
         yield lambda n: progress.advance(task, n)
-
-
-def _console() -> Console:
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    return Console(highlight=False, emoji=False, width=width)
 
 
 def _pairs(rows: Iterable[tuple[str, str]]) -> Table:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from ._show import stdout_console
 
 if TYPE_CHECKING:
     from calib.comparison import Comparison
     from calib.gate import Check
 
-_PIPE_WIDTH = 100_000  # nothing is folded or cut off in a pipe
-
 
 def show_check(check: Check, verbose: bool) -> None:
     """The figures, the verdicts, and the tensor that stands out; ``verbose``: every tensor."""
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    console = Console(highlight=False, emoji=False, width=width)
+    console = stdout_console()
     if verbose and check.inspection.tensors:
         console.print(_tensors(check))
     grid = Table.grid(padding=(0, 2))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from ._show import samples, stdout_console
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,24 +17,20 @@ if TYPE_CHECKING:
     from calib.sensitivity import Damage
     from calib.survey import Measured, Row, Survey
 
-_PIPE_WIDTH = 100_000  # nothing is folded or cut off in a pipe
 _FEW = 5
 
 
 def show_survey(survey: Survey, files: tuple[Path, ...], verbose: bool) -> None:
     """The table, the tensors that hurt, and what mends them; ``verbose``: every tensor."""
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    console = Console(highlight=False, emoji=False, width=width)
+    console = stdout_console()
     console.print(_rows(survey))
     if survey.sensitivity is not None:
         ranked = survey.sensitivity.tensors
         console.print(_damages(survey, ranked if verbose else ranked[:_FEW]))
     for measured in survey.proposals:
         console.print(_proposal(measured), soft_wrap=True)
-        if verbose:
+        if survey.run.report is None:
             console.print(escape(measured.proposal.yaml), soft_wrap=True)
-    if survey.proposals and not verbose:
-        console.print("[dim]the rules for octav.yaml: --verbose prints them, --report has them[/]")
     grid = Table.grid(padding=(0, 2))
     for title, text in (*(("written", str(path)) for path in files), *_facts(survey)):
         grid.add_row(f"[bold]{title}[/]", escape(text))
@@ -51,6 +47,7 @@ def _rows(survey: Survey) -> Table:
         "agreement": lambda row: _share(row.comparison.agreement if row.comparison else None),
         "top-1": _top1,
         "metric": _metric,
+        "size": lambda row: _share(row.size_ratio, 0),
         "seconds": lambda row: f"{row.seconds:.2f}",
     }
     if first is None or first.agreement is None:
@@ -94,17 +91,20 @@ def _damages(survey: Survey, ranked: tuple[Damage, ...]) -> Table:
 
 def _proposal(measured: Measured) -> str:
     before, after = measured.before, measured.after
-    text = f"{_decibels(before.output_sqnr_db)} -> {_decibels(after.output_sqnr_db)} dB"
-    if before.top1 and after.top1:
-        top1 = f"{before.top1.quantized_model:.2f} -> {after.top1.quantized_model:.2f} %"
-        text = f"{text}, top-1 {top1}"
+    text = f"{_decibels(before.sqnr_db)} -> {_decibels(after.sqnr_db)} dB"
+    if (top1 := _top1(after)) != "-":
+        text = f"{text}, top-1 {_top1(before)} -> {top1} %"
+    text = f"{text}, weights {_share(before.size_ratio, 0)} -> {_share(after.size_ratio, 0)}"
+    if not measured.saves:
+        text = f"{text}: no smaller than all at more bits ({_share(measured.wide_size_ratio, 0)})"
     return f"[bold]{measured.proposal.title}[/]: {escape(measured.proposal.what)}: {text}"
 
 
 def _facts(survey: Survey) -> list[tuple[str, str]]:
     n_samples = next((row.comparison.n_samples for row in survey.rows if row.comparison), 0)
-    unseen = " that calibration did not see" if survey.held_out else " of the calibration samples"
-    facts = [("compared on", f"{n_samples} samples{unseen}")]
+    seen = "that calibration did not see" if survey.held_out else "of the calibration samples"
+    what = f"{samples(n_samples)} {seen}"
+    facts = [("compared on", f"{n_samples} made-up inputs" if survey.made_up else what)]
     if survey.confidence is not None:
         facts.append(("thresholds", survey.confidence.text))
     stages = ", ".join(f"{stage} {s:.1f}" for stage, s in survey.seconds.items())
@@ -119,8 +119,8 @@ def _decibels(value: float | None) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "inf" if value > 0 else "-inf"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+def _share(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
 
 
 def _top1(row: Row) -> str:

@@ -90,6 +90,8 @@ def command(config: Path | None, **options: Any) -> int:
     files = {name: options.pop(name) for name in ("report", "junit", "markdown", "json")}
     given = {name: value for name, value in options.items() if value not in (None, (), {})}
     job = read_settings(config, given)
+    if config is not None and "data" in given and "samples" not in given:
+        job = replace(job, samples=None)  # the file's are those of the file's data
     for name, argument in (("model", "FLOAT"), ("output", "QUANTIZED")):
         if getattr(job, name) is None:
             behind = "" if config is None else f", and {config} names no {name!r}"

@@ -13,6 +13,7 @@ import click
 
 from calib.errors import OptionError
 
+from ._completion import methods
 from ._main import run, set_verbosity
 from ._options import GROUPS, MODEL, GroupedCommand
 from ._settings import named_settings, read_settings, typed
@@ -50,6 +51,7 @@ _GROUPS = {
             metavar="LIST",
             help="Methods, each as octav-calibrate's --method.  [default: "
             "octav,mse,percentile:99.9,percentile:99.99,max]",
+            shell_complete=methods,
         ),
         click.Option(
             ["--with-onnxruntime"],
@@ -93,8 +95,8 @@ def command(config: Path | None, **options: Any) -> None:
     """Compare calibration methods and widths on the ONNX model MODEL, from one pass over the data;
     find the tensors that hurt, and rules that mend them.
 
-    With --config, the YAML file of octav-calibrate; its width and method are not used, its rules
-    hold in every row. Options win over it."""
+    With --config, the YAML file of octav-calibrate; its width, method, bounds and output are not
+    used, its rules hold in every row. Options win over it."""
     own = {name: options.pop(name) for name in ("bits", "methods", "with_onnxruntime", "json")}
     wanted = options.pop("sensitivity")
     given = {name: value for name, value in options.items() if value not in (None, (), {})}

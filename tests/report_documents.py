@@ -222,7 +222,9 @@ def _sensitivity(names: list[str]) -> Document:
         "n_samples": 256,
         "base_db": 12.4,
         "wide_db": 36.1,
+        "target_db": 15.4,
         "tensors": ranked,
+        "layers": [f"/layer{n}/Conv" for n in range(12)],
         "curve": [{"n": n, "sqnr_db": 12.4 + 23.7 * (n / len(names)) ** 0.6} for n in points],
         "proposals": [proposal, spared],
     }

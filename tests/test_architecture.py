@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOW = (
     "errors",
     "files",
+    "progress",
     "qtypes",
     "granularity",
     "quantize",

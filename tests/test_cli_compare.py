@@ -122,9 +122,10 @@ def test_quiet_says_nothing_and_verbose_more(capsys: pytest.CaptureFixture[str])
     assert succeed(capsys, *QUICK, "--quiet") == ""
     plain, verbose = succeed(capsys, *QUICK), run(capsys, *QUICK, "--verbose").out
     assert len(verbose.splitlines()) >= len(plain.splitlines())
-    if "mixed 3/8" in plain:
-        assert "--verbose prints them" in plain
-        assert "bits: 3" in verbose
+    assert "mixed 3/8" in plain
+    assert "bits: 3\n" in plain, "the rules, as there is no page"
+    paged = succeed(capsys, *QUICK, "--report", "page.html")
+    assert "bits: 3\n" not in paged
 
 
 @pytest.mark.usefixtures("room")
@@ -156,7 +157,12 @@ def test_json_holds_all_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows(document) == [(method, bits) for bits in (3, 8) for method in ("octav", "max")]
     assert document["kind"] == "compare"
     assert document["command"].startswith("octav-compare ")
-    assert document["samples"] == {"calibration": 96, "evaluation": 96, "held_out": False}
+    assert document["samples"] == {
+        "calibration": 96,
+        "evaluation": 96,
+        "held_out": False,
+        "made_up": False,
+    }
     assert document["float"]["top1"] is not None
     found = document["sensitivity"]
     assert (found["method"], found["bits"], found["wide_bits"]) == ("octav", 3, 8)
@@ -169,7 +175,7 @@ def test_json_holds_all_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(tensor["results"]) == 4
         assert {curve["bits"] for curve in tensor["curves"]} == {3, 8}
         assert sum(tensor["histogram"]["counts"]) == tensor["count"]
-    assert document["confidence"]["n_samples"] == [64, 32]
+    assert document["confidence"]["n_samples"] == [48, 48]
     for proposal in found["proposals"]:
         Config.parse(proposal["yaml"])
 
@@ -398,3 +404,18 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "octav-compare: interrupted"
     assert contents(tmp_path) == before
+
+
+@pytest.mark.usefixtures("room")
+def test_saved_observations_without_data_are_compared_on_made_up_inputs_and_say_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    succeed(capsys, *QUICK, "--save-observations", "seen.npz", "--no-sensitivity")
+    model = QUICK[0]
+    told = run(capsys, model, "--observations", "seen.npz", "--bits", 3, "--json", "all.json")
+    assert told.code == 0
+    assert "made-up inputs" in told.out
+    assert "calibration samples" not in told.out
+    assert "sensitivity was not measured: it takes real samples" in told.out
+    assert "NO DATA" in told.err
+    assert strict("all.json")["samples"]["made_up"] is True

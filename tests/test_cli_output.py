@@ -201,3 +201,24 @@ def test_every_example_of_the_help_works(room: Path, capsys: pytest.CaptureFixtu
     for line in lines:
         succeed(capsys, *shlex.split(line), *([] if "--dry-run" in line else ["--force"]))
     assert {"model-w4a4.onnx", "model-w4a8.onnx"} <= set(contents(room))
+
+
+@pytest.mark.parametrize("name", ["octav-calibrate", "octav-compare", "octav-check"])
+@pytest.mark.usefixtures("room")
+def test_whoever_stops_reading_changes_neither_exit_code_nor_files(name: str) -> None:
+    arguments = {
+        "octav-calibrate": ["digits.onnx", "--output", "out.onnx"],
+        "octav-compare": ["digits.onnx", "--bits", "4", "--methods", "max", "--json", "out.onnx"],
+        "octav-check": ["digits.onnx", "digits.onnx", "--json", "out.onnx"],
+    }[name]
+    command = [str(Path(script()).with_name(name)), *arguments, "--data", "digits.npz"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("out.onnx").stat().st_size > 0

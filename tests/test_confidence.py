@@ -87,7 +87,8 @@ def test_an_outlier_in_one_half_ranks_its_tensor_first(
     assert first in found.unsure
     assert "z" in {t.name for t in found.unsure}
     n, of = len(found.unsure), len(found.tensors)
-    assert found.text.endswith(f", {n} of {of} by more than 5 %, 'z' most: more samples are needed")
+    cost = f"'z' at the cost of {first.excess_db:.1f} dB"
+    assert found.text.endswith(f", {n} of {of} by more than 5 %, {cost}: more samples are needed")
     if method == "max":
         low, high = (first.first, first.second)[:: 1 if half else -1]
         assert (high, first.all) == (1000, 1000)
@@ -206,5 +207,13 @@ def test_a_threshold_within_the_boundary_costs_little(kind: str, bits: int) -> N
 
 
 def test_percent_is_of_the_half_that_differs_more() -> None:
-    assert Certainty("x", 2.0, 1.9, 2.4).percent == pytest.approx(20)
-    assert Certainty("x", 2.0, 1.5, 2.1).percent == pytest.approx(25)
+    assert Certainty("x", 2.0, 1.9, 2.4, 0.0).percent == pytest.approx(20)
+    assert Certainty("x", 2.0, 1.5, 2.1, 0.0).percent == pytest.approx(25)
+
+
+def test_thresholds_that_differ_where_the_error_is_flat_are_sure_enough() -> None:
+    costly, free = (Certainty("x", 2.0, 1.0, 2.0, db) for db in (1.0, 0.05))
+    assert Confidence((1, 1), (costly,)).unsure == (costly,)
+    found = Confidence((1, 1), (free,))
+    assert found.unsure == ()
+    assert found.text.endswith("more samples would change little")

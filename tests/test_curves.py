@@ -202,8 +202,8 @@ def test_planted_outliers_give_a_second_minimum_and_both_candidates(save: Save) 
     assert small.threshold < 15
     assert large.threshold > 90
     for point in curve.second:
-        at = curve.thresholds == point.threshold
-        assert curve.measured[at] == point.mse
+        near = np.argsort(np.abs(curve.thresholds - point.threshold))[:2]
+        assert point.mse <= curve.measured[near].min()
     octav = float(make("octav")(Samples(raw[None]), QuantType(4, signed=True))[0])
     assert octav == pytest.approx(small.threshold, rel=0.15)
 

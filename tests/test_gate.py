@@ -73,12 +73,11 @@ def test_all_samples_are_compared_on_where_none_was_calibrated_on() -> None:
     }
 
 
-def test_more_samples_than_there_are_leave_none_out() -> None:
-    check = check_models(FLOAT, digits_qdq(), DATA, Run(samples=9999))
-    assert check.comparison is not None
-    assert check.comparison.n_samples == 796
-    assert check.n_skipped == 0
-    assert "9999 samples were asked for, 796 are used" in check.notes
+@pytest.mark.parametrize("samples", [796, 9999])
+def test_where_calibration_saw_all_samples_none_are_left_to_compare_on(samples: int) -> None:
+    error = refused(FLOAT, digits_qdq(), DATA, Run(samples=samples))
+    assert isinstance(error, OptionError)
+    assert str(error).startswith(f"samples: calibration saw the first {samples}, and there are 796")
 
 
 def test_without_bounds_it_passes_and_says_that_nothing_was_asked_for() -> None:

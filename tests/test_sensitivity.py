@@ -21,6 +21,7 @@ from calib.graph import Model, load_model
 from calib.observations import observe
 from calib.rules import Rules, TensorRule
 from calib.sensitivity import Sensitivity, sensitivity
+from calib.switchable import Switchable
 from calib.table import CalibrationTable
 from calib.targets import make_plan
 from calib.write import write_qdq
@@ -66,9 +67,15 @@ def tables(
     return narrow, wide
 
 
+def sensitivity_of(
+    model: Model, narrow: CalibrationTable, wide: CalibrationTable, batches: Iterable[Batch]
+) -> Sensitivity:
+    return sensitivity(Switchable(model, narrow), narrow, wide, batches)
+
+
 def measured(model: Model, batches: list[Batch], method: str = "max", bits: int = 4) -> Sensitivity:
     low, high = (replace(all_bits(b), method=method) for b in (bits, 8))
-    return sensitivity(model, *tables(model, batches, low, high), iter(batches))
+    return sensitivity_of(model, *tables(model, batches, low, high), iter(batches))
 
 
 def written_db(model: Model, table: CalibrationTable, batches: list[Batch], path: Path) -> float:
@@ -100,7 +107,7 @@ def test_a_weight_with_an_outlier_under_max_ranks_first_alone_and_by_all_but_it(
 def test_each_alone_and_all_but_it_are_what_written_models_give(save: Save, tmp_path: Path) -> None:
     model, batches = make_chain(save, 3), feeds()
     narrow, wide = tables(model, batches, all_bits(3), all_bits(8))
-    found = sensitivity(model, narrow, wide, iter(batches))
+    found = sensitivity_of(model, narrow, wide, iter(batches))
     records = narrow.records
     for damage in found.tensors:
         alone = tuple(r for r in records if r.name == damage.name)
@@ -136,7 +143,7 @@ def digits() -> tuple[Model, list[Batch], CalibrationTable, CalibrationTable, Se
     model = load_model(DIGITS / "digits.onnx")
     batches = list(open_data(model, DIGITS / "digits.npz", Reading(batch_size=8)).batches(0, 256))
     narrow, wide = tables(model, batches, all_bits(3), all_bits(8))
-    return model, batches, narrow, wide, sensitivity(model, narrow, wide, iter(batches))
+    return model, batches, narrow, wide, sensitivity_of(model, narrow, wide, iter(batches))
 
 
 Digits = tuple[Model, list[Batch], CalibrationTable, CalibrationTable, Sensitivity]
@@ -227,7 +234,7 @@ def test_of_many_tensors_most_are_estimated_from_the_first_batch_and_the_worst_m
     # One sample tells little: some that look harmless in it are worse than others in all.
     model, batches = make_chain(save, 40, bad=30), [*feeds(1, size=1), *feeds(3)]
     both = tables(model, batches, replace(all_bits(4), method="max"), all_bits(8))
-    found = sensitivity(model, *both, iter(batches))
+    found = sensitivity_of(model, *both, iter(batches))
     assert len(found.tensors) == 80
     exact, rest = found.tensors[:64], found.tensors[64:]
     assert not any(damage.estimated for damage in exact)
@@ -240,7 +247,7 @@ def test_of_many_tensors_most_are_estimated_from_the_first_batch_and_the_worst_m
         assert alone == sorted(alone)
     assert found.tensors[0].name == "w30"
     # An estimate is what the first batch alone says.
-    first = sensitivity(model, *both, iter(batches[:1]))
+    first = sensitivity_of(model, *both, iter(batches[:1]))
     by_name = {damage.name: damage.alone_db for damage in first.tensors}
     for damage in rest:
         assert damage.alone_db == pytest.approx(by_name[damage.name], abs=1e-6)
@@ -262,7 +269,7 @@ def test_no_more_samples_are_read_than_needed(save: Save) -> None:
 
     model = make_chain(save, 2)
     narrow, wide = tables(model, feeds(), all_bits(4), all_bits(8))
-    found = sensitivity(model, narrow, wide, counted())
+    found = sensitivity_of(model, narrow, wide, counted())
     assert (found.n_samples, read) == (64, 8)
 
 
@@ -344,7 +351,7 @@ def test_the_worst_of_several_outputs_counts(save: Save, tmp_path: Path) -> None
         all_bits(4), method="max", overrides=(TensorRule("^x$", kind="activation", bits=16),)
     )
     narrow, wide = tables(model, batches, low, all_bits(8))
-    found = sensitivity(model, narrow, wide, iter(batches))
+    found = sensitivity_of(model, narrow, wide, iter(batches))
     assert found.tensors[0].name == "w"
     write_qdq(model, narrow).save(tmp_path / "q.onnx")
     comparison = evaluate(model, tmp_path / "q.onnx", iter(batches))

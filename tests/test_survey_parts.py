@@ -167,7 +167,7 @@ def test_a_model_that_is_too_large_has_no_sensitivity_but_a_note(
     assert found.sensitivity is None
     assert found.proposals == ()
     (note,) = [note for note in found.notes if "sensitivity" in note]
-    assert note.startswith("sensitivity was not measured: of models beyond")
+    assert note.startswith("sensitivity was not measured: a model beyond")
     assert found.confidence is not None
 
 
@@ -191,9 +191,12 @@ def test_proposals_state_what_they_bring_on_the_samples_of_the_rows(survey: Surv
     row = row_of(survey, "octav", 3)
     assert survey.wide_bits == 8
     for measured in survey.proposals:
-        assert measured.before == row.comparison
-        assert measured.after.n_samples == measured.before.n_samples == 540
-        assert measured.after.output_sqnr_db > measured.before.output_sqnr_db
+        assert measured.before == row
+        before, after = row.comparison, measured.after.comparison
+        assert before is not None
+        assert after is not None
+        assert after.n_samples == before.n_samples == 540
+        assert after.output_sqnr_db > before.output_sqnr_db
 
 
 def test_the_stages_are_timed_and_shown_one_at_a_time(linear: Path) -> None:
@@ -209,7 +212,9 @@ def test_the_stages_are_timed_and_shown_one_at_a_time(linear: Path) -> None:
         open_bars.pop()
 
     found = compare_methods(linear, arrays(), BARE, run=Run(progress=progress))
-    assert list(dict.fromkeys(seen)) == ["observe", "evaluate"]
+    assert seen == ["observe", "float model", "evaluate"]
+    compare_methods(linear, arrays(), Candidates((4,), ("octav",)), run=Run(progress=progress))
+    assert seen[3:] == ["observe", "float model", "evaluate", "sensitivity", "proposals"]
     stages = ["load", "observe", "calibrate", "profile", "evaluate", "sensitivity"]
     assert list(found.seconds) == stages
 

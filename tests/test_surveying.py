@@ -31,7 +31,7 @@ from calib.pipeline import calibrate_model
 from calib.qtypes import QuantType
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths
 from calib.survey import Candidates, Survey
-from calib.surveying import compare_methods
+from calib.surveying import _gain, compare_methods
 
 
 @pytest.fixture
@@ -89,16 +89,23 @@ def test_without_max_there_is_no_gain(linear: Path) -> None:
     assert [row.gain_db for row in compare_methods(linear, arrays(), candidates).rows] == [None] * 2
 
 
-def test_where_nothing_is_lost_nothing_is_gained(save: Save) -> None:
+def test_integer_outputs_have_no_sqnr(save: Save) -> None:
     path = save(
         parsed("""(float[N,6] x) => (int64[N] y) <float[6,4] w> {
       a = MatMul(x, w)
       y = ArgMax<axis=1, keepdims=0>(a) }""")
     )
     found = compare_methods(path, arrays(), Candidates(bits=(4,), methods=("octav", "max")))
-    assert [row.sqnr_db for row in found.rows] == [math.inf] * 2
-    assert [row.gain_db for row in found.rows] == [0.0] * 2
-    assert found.proposals == ()
+    assert [row.sqnr_db for row in found.rows] == [None] * 2
+    assert [row.gain_db for row in found.rows] == [None] * 2
+    assert (found.sensitivity, found.proposals) == (None, ())
+    assert "sensitivity was not measured: no output of the model is floating-point" in found.notes
+
+
+def test_where_nothing_is_lost_nothing_is_gained() -> None:
+    assert _gain(math.inf, math.inf) == 0.0
+    assert _gain(math.inf, 3.0) == math.inf
+    assert _gain(None, 3.0) is None
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def blank(kind: str, model: dict[str, Any]) -> dict[str, Any]:
         "command": "",
         "options": {},
         "versions": versions(),
-        "samples": {"calibration": None, "evaluation": None, "held_out": False},
+        "samples": {"calibration": None, "evaluation": None, "held_out": False, "made_up": False},
         "float": {"top1": None, "metric": None},
         "metric_name": None,
         "methods": [],
@@ -88,7 +88,7 @@ def figures(comparison: Comparison | None) -> dict[str, float | None]:
         return dict.fromkeys(names)
     c = comparison
     return {
-        "sqnr_db": number(c.output_sqnr_db),
+        "sqnr_db": number(c.output_sqnr_db) if c.sqnr_db else None,
         "cosine": min(c.cosine.values(), default=None),
         "max_error": number(max(c.max_error.values(), default=None)),
         "agreement": c.agreement,

@@ -37,6 +37,7 @@ const db = fixed(2);
 const percent = shown((fraction) => (100 * fraction).toFixed(2));
 const gain = (value) => (value > 0 ? "+" : "") + db(value);
 const whole = shown((value) => Math.round(value).toLocaleString("en"));
+const several = (n, thing) => `${whole(n)} ${thing}${n === 1 ? "" : "s"}`;
 const figures = shown((value) =>
   Math.abs(value) >= 1e4 && Math.abs(value) < 1e9 ? whole(value) : value.toPrecision(4));
 const bytes = (n) => (n < 1e5 ? `${whole(n)} bytes` : `${(n / 1e6).toFixed(n < 1e7 ? 2 : 0)} MB`);
@@ -114,7 +115,7 @@ function table(caption, columns, rows, { sort = {}, tall = false, opens, breaks 
 function heading(column, onclick) {
   const words = column.heading?.() ?? column.title;
   const button = make("button", { type: "button", title: column.hint ?? "", onclick }, words);
-  return make("th", { scope: "col", className: column.number ? "number" : "" }, button);
+  return make("th", { scope: "col", className: column.number ? "number" : column.className ?? "" }, button);
 }
 
 /** Missing values come last, whichever way. */

@@ -22,13 +22,18 @@ function showHeader() {
 }
 
 function facts() {
-  const { model, samples, float } = doc;
-  const whose = doc.kind === "check" ? "" : samples.held_out ? ", held out" : ", the same";
+  const { check, model, samples, float } = doc;
+  const file = ({ name, n_bytes: n }) => `${name}, ${bytes(n)}`;
+  const whose = check ? "" : samples.held_out ? ", held out" : ", the same";
+  const compared = samples.made_up ? `${whole(samples.evaluation)} made-up inputs`
+    : `${several(samples.evaluation, "sample")}${whose}`;
   return [
-    ["Model", `${model.name}, ${bytes(model.n_bytes)}`],
-    ["SHA-256", `${model.sha256.slice(0, 16)}…`],
-    samples.calibration && ["Calibrated on", `${whole(samples.calibration)} samples`],
-    samples.evaluation && ["Compared on", `${whole(samples.evaluation)} samples${whose}`],
+    [check ? "Float" : "Model", file(model)],
+    check && ["Quantized", file(check.quantized)],
+    ["SHA-256", `${(check?.quantized ?? model).sha256.slice(0, 16)}…`],
+    samples.calibration &&
+      [check ? "Left out" : "Calibrated on", several(samples.calibration, "sample")],
+    samples.evaluation && ["Compared on", compared],
     known(float.top1) && ["Float top-1", `${db(float.top1)} %`],
     known(float.metric) && [`Float ${doc.metric_name ?? "metric"}`, figures(float.metric)],
   ].filter(Boolean);
@@ -79,6 +84,7 @@ function showResults() {
     best(number("Agreement, %", (row) => row.agreement, percent, { hint: agreeing }), Math.max),
     best(number("Top-1, %", (row) => row.top1, db), Math.max),
     number(doc.metric_name ?? "Metric", (row) => row.metric, figures),
+    number("Weights, %", (row) => row.size_ratio, percent, { hint: "of the float model's size" }),
     number("Time, s", (row) => row.seconds, fixed(2)),
     text("Notes", (row) => row.notes.join("; "), { className: "wide" }),
   ];
@@ -120,13 +126,16 @@ function showSensitivity(found) {
   const columns = [
     number("Rank", (row) => tensors.indexOf(row) + 1),
     named(),
-    text("Kind", (row) => row.kind),
+    text("Kind", (row) => row.kind, { className: "minor" }),
     number("It alone, dB", (row) => row.alone_db, db, { bar: harm, tint: "var(--method-0)" }),
     number("All but it, dB", (row) => row.all_but_db, db, { bar: help }),
-    text("How", (row) => (row.estimated ? "estimated" : "measured")),
+    text("How", (row) => (row.estimated ? "estimated" : "measured"), { className: "minor" }),
   ];
   const caption = "Sensitivity of the tensors, worst first";
   part("table").append(table(caption, measured(columns, tensors), tensors, { tall: true }));
+  if (!found.layers?.length) return;
+  part("table").append(make("details", {}, make("summary", {}, "Layers, worst first"),
+    make("div", {}, make("ol", {}, ...found.layers.map((name) => make("li", {}, name))))));
 }
 
 function showProposals(found) {
@@ -134,7 +143,9 @@ function showProposals(found) {
   const part = reveal("proposals");
   if (proposals.length) {
     part("lead").textContent = "Output SQNR before and after, measured. Copy what helps into " +
-      "octav.yaml.";
+      `octav.yaml. Aimed at ${db(found.target_db)} dB on ${several(found.n_samples, "sample")} of ` +
+      `the calibration data, where all tensors at ${bits} bits give ${db(found.base_db)} dB and ` +
+      `all at ${wide} bits ${db(found.wide_db)} dB.`;
   }
   part("cards").append(...proposals.map(proposal));
   if (!curve.length) return;
@@ -149,14 +160,20 @@ function proposal({ title, what, yaml, n_samples: samples, ...effect }) {
     button.textContent = (await copy(yaml, code)) ? "Copied" : "Press Ctrl+C";
     setTimeout(() => { button.textContent = "Copy"; }, 2000);
   };
-  const { before, after } = effect;
+  const { before, after, saves, wide_size_ratio: wide } = effect;
+  const share = (ratio) => `${percent(ratio)} %`;
+  const size = known(after?.size_ratio)
+    ? `weights ${share(before.size_ratio)} → ${share(after.size_ratio)}, ` : "";
+  const costly = saves === false
+    ? `No smaller than all tensors at more bits (weights ${share(wide)}): consider that first.` : "";
   const top1 = known(before?.top1) && known(after?.top1)
     ? `top-1 ${db(before.top1)} → ${db(after.top1)} %, ` : "";
   return make("article", {},
     make("h3", {}, title),
     make("p", {}, what),
     make("p", { className: "effect" }, `${db(effect.before_db)} → ${db(effect.after_db)} dB `,
-      make("span", {}, `${top1}measured on ${whole(samples)} samples`)),
+      make("span", {}, `${top1}${size}measured on ${several(samples, "sample")}`)),
+    costly && make("p", { className: "quiet" }, costly),
     make("div", { className: "yaml" }, code, button));
 }
 
@@ -208,8 +225,8 @@ function tensorTable() {
   const sqnr = (method) => (row) => resultOf(row, method)?.sqnr_db;
   const columns = [
     text("Tensor", (row) => row.name, { className: "name", cell: opener }),
-    text("Kind", (row) => row.kind),
-    text("Granularity", (row) => row.granularity),
+    text("Kind", (row) => row.kind, { className: "minor" }),
+    text("Granularity", (row) => row.granularity, { className: "minor" }),
     ...(doc.tensors.some((row) => actualOf(row) !== view.bits) ? [number("Bits", actualOf)] : []),
     ...methods.map((method) => number(method, sqnr(method), db, { hint: "SQNR, dB",
       heading: () => methodName(method), tint: tintOf(method),
@@ -271,8 +288,10 @@ function tensorCharts(tensor) {
 }
 
 function showSeconds(tensors) {
-  const rows = tensors.flatMap(({ name, curves }) => curves.filter((curve) => curve.second)
-    .map(({ actual_bits: bits, second }) => ({ name, bits, ...second })));
+  const first = (curve, i, all) =>
+    all.findIndex(({ actual_bits: bits }) => bits === curve.actual_bits) === i;
+  const rows = tensors.flatMap(({ name, curves }) => curves.filter(first)
+    .filter((curve) => curve.second).map(({ actual_bits: bits, second }) => ({ name, bits, ...second })));
   if (!rows.length) return;
   const columns = [
     named(),

@@ -63,6 +63,7 @@ def survey_document(survey: Survey) -> dict[str, Any]:
             "calibration": survey.observations.n_samples,
             "evaluation": max(n_samples, default=None),
             "held_out": survey.held_out,
+            "made_up": survey.made_up,
         },
         "float": float_facts(next((r.comparison for r in survey.rows if r.comparison), None)),
         "metric_name": next((r.comparison.scores.name for r in survey.rows
@@ -88,11 +89,15 @@ def _row(row: Row) -> dict[str, Any]:
     return {
         "method": row.method,
         "bits": row.bits,
-        **figures(row.comparison),
+        **_effect(row),
         "gain_db": number(row.gain_db),
         "seconds": row.seconds,
         "notes": list(row.notes),
     }
+
+
+def _effect(row: Row) -> dict[str, float | None]:
+    return {**figures(row.comparison), "size_ratio": row.size_ratio}
 
 
 def _sensitivity(found: Sensitivity) -> dict[str, Any]:
@@ -123,9 +128,11 @@ def _proposal(measured: Measured) -> dict[str, Any]:
         "title": proposal.title,
         "what": proposal.what,
         "yaml": proposal.yaml,
-        "before_db": number(measured.before.output_sqnr_db),
-        "after_db": number(measured.after.output_sqnr_db),
-        "n_samples": measured.after.n_samples,
-        "before": figures(measured.before),
-        "after": figures(measured.after),
+        "before_db": number(measured.before.sqnr_db),
+        "after_db": number(measured.after.sqnr_db),
+        "n_samples": measured.after.comparison and measured.after.comparison.n_samples,
+        "saves": measured.saves,
+        "wide_size_ratio": measured.wide_size_ratio,
+        "before": _effect(measured.before),
+        "after": _effect(measured.after),
     }
