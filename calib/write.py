@@ -27,6 +27,7 @@ _MOST_INLINE = 1_000_000_000
 _PROTOBUF_LIMIT = 2_000_000_000
 
 _SMALLEST_CLIPPED_SCALE = 1e-6
+_OPSET_OF_OUTPUT_DTYPE = 21
 
 METADATA_KEY = "octav_calibrate"
 
@@ -162,6 +163,7 @@ class _Writer:
         self._graph = quantized.graph
         self._storages = storages
         self._names = all_names(quantized)
+        self._opset = quantized.opset_imports[""]
         self._guarded = guarded(quantized)
         self._values = {v.name: v for node in quantized.graph for v in node.outputs}
         self._values |= {v.name: v for v in quantized.graph.inputs}
@@ -176,6 +178,8 @@ class _Writer:
         onnxruntime rounds the float bias of DequantizeLinear → Conv → QuantizeLinear to int32 at
         s_x·s_w, at 4 bits visibly (method.md, section 4); it leaves an Add alone.
         """
+        if node.op_type == "MatMul":
+            self._keep_from_gemm(node)
         if node.op_type == "MatMul" or len(node.inputs) < 3 or node.inputs[2] is None:
             return
         bias = node.inputs[2]
@@ -197,6 +201,19 @@ class _Writer:
         self._graph.insert_after(node, add)
         output.name, total.name = self._new(f"{name}_without_bias"), name
         self._values[name] = total
+
+    def _keep_from_gemm(self, node: ir.Node) -> None:
+        """Gives the bias of an Add behind a MatMul a second axis: of one, onnxruntime 1.31 makes a
+        Gemm, which it cannot load where the data is int8, has 3 axes, and the opset is 21."""
+        output = node.outputs[0]
+        if self._opset < _OPSET_OF_OUTPUT_DTYPE or output.shape is None or len(output.shape) < 3:
+            return
+        for add in [use.node for use in output.uses() if use.node.op_type == "Add"]:
+            for position, bias in enumerate(add.inputs):
+                tensor = bias.const_value if bias is not None and is_constant(bias) else None
+                if tensor is not None and len(tensor.shape) == 1:
+                    row = self._constant(f"{tensor.name}_row", tensor.numpy().reshape(1, -1))
+                    add.replace_input_with(position, row)
 
     def weight(self, record: TensorRecord) -> None:
         """Puts the integers of a weight and a DequantizeLinear in its place."""

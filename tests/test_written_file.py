@@ -248,3 +248,20 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(load: Load, tmp_pat
     with pytest.raises(OutputError, match="cannot be written: "):
         quantized.save(tmp_path / "folder.onnx")
     assert [path.name for path in tmp_path.rglob("*")] == ["folder.onnx"]
+
+
+@pytest.mark.parametrize("opset", [17, 21, 23])
+@pytest.mark.parametrize("order", ["a, b", "b, a"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_signed_data_of_three_axes_with_a_bias_behind_its_matmul_is_loaded(
+    opset: int, order: str, bits: int, save: Save, tmp_path: Path
+) -> None:
+    text = f"""(float[2,5,8] x) => (float[2,5,6] y) <float[8,6] w, float[6] b> {{
+      i = Identity(x)
+      a = MatMul(i, w)
+      y = Add({order}) }}"""
+    model = load_model(save(parsed(text, opset=opset, ir_version=10)))
+    table, feed = calibrated(model, all_bits(bits), {"x": values(2, 5, 8, seed=1)})
+    write_qdq(model, table).save(tmp_path / "q.onnx")
+    expected, actual = (run(tmp_path / "q.onnx", feed, optimized=o)["y"] for o in (False, True))
+    assert np.allclose(expected, actual, atol=0.02)
