@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from calib.distribution import Samples as Samples
     from calib.errors import CalibError as CalibError
     from calib.gate import Check as Check
+    from calib.gate import CheckFiles as CheckFiles
     from calib.gate import check_models as check_models
     from calib.graph import Model as Model
     from calib.graph import load_model as load_model
@@ -55,6 +56,7 @@ _HOME = {
     "Bounds": "bounds",
     "Candidates": "survey",
     "Check": "gate",
+    "CheckFiles": "gate",
     "Survey": "survey",
     "check_models": "gate",
     "compare_methods": "surveying",
