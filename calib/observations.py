@@ -99,8 +99,13 @@ class Observations:
             "feedback": dict(self.feedback),
             "half_samples": self.half_samples if self.halves else None,
         }
-        groups = {str(n): group for n, group in enumerate((self.counters, *self.batches))}
-        groups.update({f"half{n}": half for n, half in enumerate(self.halves)})
+        groups: dict[str, Mapping[str, Counter]] = {
+            f"{1 + n}": batch for n, batch in enumerate(self.batches)
+        }
+        if self.halves:
+            groups.update({f"half{n}": half for n, half in enumerate(self.halves)})
+        else:
+            groups["0"] = self.counters
         write_counters(path, manifest, groups)
 
     @classmethod

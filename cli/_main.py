@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,7 +28,10 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> i
     terminated. With the arguments of the process itself, in a worker process."""
 
     def work() -> object:
-        return command.main(args=arguments, prog_name=name, standalone_mode=False)
+        told = sys.argv[1:] if arguments is None else arguments
+        return command.main(
+            args=arguments, prog_name=name, standalone_mode=False, obj=shlex.join([name, *told])
+        )
 
     if arguments is not None:
         return _guarded(work, name)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +13,6 @@ from calib.errors import OptionError
 
 if TYPE_CHECKING:
     from calib.config import Config
-
-
-def typed(name: str) -> str:
-    """The command as it was typed, or would have been."""
-    return shlex.join([name, *sys.argv[1:]])
 
 
 def read_settings(config: Path | None, given: Mapping[str, object]) -> Config:

@@ -14,7 +14,7 @@ from calib.errors import DataError
 
 from ._main import MISSED, run, set_verbosity
 from ._options import GROUPS, MODEL, GroupedCommand
-from ._settings import named_settings, read_settings, typed
+from ._settings import named_settings, read_settings
 
 if TYPE_CHECKING:
     from calib.config import Config
@@ -80,7 +80,7 @@ def _calibrate(job: Config, model: Path, config: Path | None) -> int:
     from ._show import progress_bar, show_calibration, show_warnings
 
     protected = () if config is None else (config,)
-    settings = replace(job.to_run(), protected=protected, command=typed(_NAME))
+    settings = replace(job.to_run(), protected=protected, command=click.get_current_context().obj)
     if not job.quiet:
         settings = replace(settings, progress=progress_bar)
     result = calibrate_model(model, job.data, job.to_rules(), job.output, settings)

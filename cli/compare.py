@@ -16,7 +16,7 @@ from calib.errors import OptionError
 from ._completion import methods
 from ._main import run, set_verbosity
 from ._options import GROUPS, MODEL, GroupedCommand
-from ._settings import named_settings, read_settings, typed
+from ._settings import named_settings, read_settings
 
 if TYPE_CHECKING:
     from calib.config import Config
@@ -148,7 +148,7 @@ def _compare(job: Config, candidates: Candidates, json: Path | None, config: Pat
         job.to_run(),
         summary=json,
         protected=() if config is None else (config,),
-        command=typed(_NAME),
+        command=click.get_current_context().obj,
     )
     if not job.quiet:
         settings = replace(settings, progress=progress_bar)

@@ -114,8 +114,9 @@ function table(caption, columns, rows, { sort = {}, tall = false, opens, breaks 
 
 function heading(column, onclick) {
   const words = column.heading?.() ?? column.title;
+  const minor = column.className === "minor" ? "minor" : "";
   const button = make("button", { type: "button", title: column.hint ?? "", onclick }, words);
-  return make("th", { scope: "col", className: column.number ? "number" : column.className ?? "" }, button);
+  return make("th", { scope: "col", className: column.number ? "number" : minor }, button);
 }
 
 /** Missing values come last, whichever way. */
