@@ -19,8 +19,8 @@ The third finds `voices` where this folder is on PYTHONPATH. `resnet20` writes t
 else in the folder that the environment variable OCTAV_FIXTURES names, else in ../shared/fixtures
 beside the repository.
 
-GTCRN does not bear 8 bits: its output keeps 2.7 dB; with 16 bits, 39.5 dB. octav-compare on the same
-data with --bits 8,16 names the three tensors behind most of that.
+GTCRN does not bear 8 bits: its output keeps 2.7 dB; with 16 bits, 39.5 dB. octav-compare on the
+same data with --bits 8,16 names the three tensors behind most of that.
 """
 
 from __future__ import annotations
