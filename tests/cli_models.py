@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-
-from cli.calibrate import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "samples" / "digits"
@@ -38,8 +37,11 @@ class Told:
     err: str
 
 
-def run_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> Told:
+def run_main(
+    capsys: pytest.CaptureFixture[str], *arguments: object, name: str = "octav-calibrate"
+) -> Told:
     """The command in this process."""
+    main = import_module(f"cli.{name.removeprefix('octav-')}").main
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -172,16 +174,18 @@ def save_model(
     onnx.save(model, str(path))
 
 
-def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def refuse(
+    capsys: pytest.CaptureFixture[str], *arguments: object, name: str = "octav-calibrate"
+) -> str:
     """The command, which must refuse: returns the one line on stderr, less its beginning.
 
     Nothing may stand on stdout, and every file of the working directory must be as before.
     """
     before = contents(Path.cwd())
-    told = run_main(capsys, *arguments)
+    told = run_main(capsys, *arguments, name=name)
     assert (told.code, told.out) == (2, "")
     (line,) = told.err.splitlines()
-    beginning = "octav-calibrate: error: "
+    beginning = f"{name}: error: "
     assert line.startswith(beginning)
     assert "  " not in line, "a gap in the message"
     assert " ," not in line, "a gap in the message"

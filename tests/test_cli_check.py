@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
+import cli_models
 import numpy as np
 import pytest
 from check_models import changed, digits_by_onnxruntime, digits_qdq, layers
@@ -22,10 +24,9 @@ from cli_models import (
     contents,
     copy_digits,
     enter_room,
+    run_main,
     save_one_layer,
 )
-
-from cli.check import main
 
 JOB = ("digits.onnx", "q.onnx", "--data", "digits.npz", "--samples", 256)
 ASKED = ("--min-sqnr", 20, "--min-agreement", 0.98, "--max-top1-drop", 1, "--max-size-ratio", 0.45)
@@ -41,22 +42,8 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter_room(tmp_path, monkeypatch)
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Told:
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return Told(code, captured.out, captured.err)
-
-
-def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The line on stderr; nothing else is said, and no file changed."""
-    before = contents(Path.cwd())
-    told = run(capsys, *arguments)
-    assert (told.code, told.out) == (2, "")
-    (line,) = told.err.splitlines()
-    assert line.startswith("octav-check: error: ")
-    assert contents(Path.cwd()) == before
-    return line.removeprefix("octav-check: error: ")
+run = partial(run_main, name="octav-check")
+refuse = partial(cli_models.refuse, name="octav-check")
 
 
 # --- exit codes -------------------------------------------------------------------------------

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cli_models
 import numpy as np
 import pytest
 from cli_models import (
-    Told,
     assert_tells,
     clean_environment,
     contents,
@@ -23,6 +24,7 @@ from cli_models import (
     enter_room,
     normal,
     read_json,
+    run_main,
     save_relu,
     save_two_layers,
 )
@@ -30,7 +32,6 @@ from cli_models import (
 from calib.config import Config
 from calib.rivals import RIVALS
 from cli.calibrate import main as calibrate
-from cli.compare import main
 
 JOB = ("m.onnx", "--data", "d.npz")
 QUICK = (*JOB, "--bits", "3,8", "--methods", "octav,max", "--edge-bits", 3)
@@ -46,11 +47,8 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter_room(tmp_path, monkeypatch)
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Told:
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return Told(code, captured.out, captured.err)
+run = partial(run_main, name="octav-compare")
+refuse = partial(cli_models.refuse, name="octav-compare")
 
 
 def succeed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -58,17 +56,6 @@ def succeed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     told = run(capsys, *arguments)
     assert (told.code, told.err) == (0, "")
     return told.out
-
-
-def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The line on stderr; nothing else is said, and no file changed."""
-    before = contents(Path.cwd())
-    told = run(capsys, *arguments)
-    assert (told.code, told.out) == (2, "")
-    (line,) = told.err.splitlines()
-    assert line.startswith("octav-compare: error: ")
-    assert contents(Path.cwd()) == before
-    return line.removeprefix("octav-compare: error: ")
 
 
 def strict(path: str) -> dict[str, Any]:
