@@ -14,13 +14,13 @@ from calib.bounds import Verdict
 from calib.calibration import calibrate
 from calib.comparison import Comparison
 from calib.data import open_data
-from calib.files import uninterrupted, whole_file, write_texts, writing
+from calib.files import whole_file, write_texts, writing
 from calib.graph import Model, load_model
 from calib.observations import Observations
 from calib.report.calibrated import calibration_document
 from calib.report.document import figures, number, plain, verdict_facts, versions
 from calib.report.page import render_page
-from calib.resuming import check_files, checkpoint_path, observe_split, saved_observations
+from calib.resuming import appearing, check_files, observe_split, saved_observations
 from calib.run import Run, Split
 from calib.table import CalibrationTable, dumps
 from calib.targets import Rules, make_plan
@@ -162,7 +162,7 @@ class _Work:
                 self._save_beside(made, files)
         except _RejectedError:
             made = replace(made, kept=False)
-            with ExitStack() as files:
+            with appearing(run) as files:
                 self._save_beside(made, files)
         return made
 
@@ -222,6 +222,7 @@ class _Work:
             "rules": self.rules,
             "command": self.split.run.command,
             "held_out": made.held_out,
+            "made_up": made.made_up,
             "seconds": made.seconds,
             "warnings": made.warnings,
             "notes": made.notes,
@@ -240,12 +241,8 @@ def _outputs(target: Path, model: Model, run: Run) -> Iterator[tuple[Path, ExitS
     """Where to write the model, and a stack for other files: all appear together, and what only an
     older ``target`` or a run that was cut off needed goes."""
     outdated = set(external_files(target)) - {file.resolve() for file in model.files}
-    with ExitStack() as files:
+    with appearing(run) as files:
         yield files.enter_context(whole_file(target, outdated)), files
-        with uninterrupted():
-            files.close()
-            if run.save_observations is not None:
-                checkpoint_path(run.save_observations).unlink(missing_ok=True)
 
 
 def default_output(model: Model, rules: Rules) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from calib.counterfile import is_checkpoint
 from calib.errors import ObservationsError, OutputError
+from calib.files import uninterrupted
 from calib.graph import Model, quantizable_uses
 from calib.observations import Observations, Observing, observe
 from calib.report.page import check_available
@@ -85,6 +87,18 @@ def _check_checkpoint(run: Run) -> None:
         raise OutputError(
             f"{path}: exists and is no checkpoint; remove it, or overwrite it with --force"
         )
+
+
+@contextmanager
+def appearing(run: Run) -> Iterator[ExitStack]:
+    """A stack for files that appear together when the block ends well; what ``run`` had saved of
+    its observations on the way then goes."""
+    with ExitStack() as files:
+        yield files
+        with uninterrupted():
+            files.close()
+            if run.save_observations is not None:
+                checkpoint_path(run.save_observations).unlink(missing_ok=True)
 
 
 def checkpoint_path(path: Path) -> Path:

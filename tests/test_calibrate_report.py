@@ -50,7 +50,12 @@ def test_the_page_has_the_numbers_of_the_summary(
     assert document["float"]["top1"] == pytest.approx(summary["top1"]["float"], rel=1e-6)
     for name in ("cosine", "max_error", "agreement"):
         assert row[name] == pytest.approx(summary[name], rel=1e-6)
-    assert document["samples"] == {"calibration": 256, "evaluation": 540, "held_out": True}
+    assert document["samples"] == {
+        "calibration": 256,
+        "evaluation": 540,
+        "held_out": True,
+        "made_up": False,
+    }
     assert document["notes"] == summary["notes"]
     assert document["model"]["sha256"] == summary["digests"]["model_sha256"]
     assert [(s["name"], s["reason"]) for s in document["skipped"]] == [

@@ -127,7 +127,11 @@ def test_a_model_that_stands_there_stays_when_the_new_one_fails(room: Path, caps
 
 
 def test_observations_are_saved_when_the_model_fails(capsys: Capsys) -> None:
+    earlier = (*QUICK, "--output", "earlier.onnx", "--save-observations", "seen.npz")
+    succeed(capsys, *earlier)
+    Path("seen.npz").rename("seen.npz.partial")
     failed(capsys, *QUICK, *TO, "--min-sqnr", 30, "--save-observations", "seen.npz")
+    assert not Path("seen.npz.partial").exists()
     told = succeed(
         capsys, *QUICK[:3], "--observations", "seen.npz", "--min-sqnr", 30, "--output", "o.onnx"
     )

@@ -28,7 +28,7 @@ def calibration_document(
 
     Args:
         facts: ``rules``, and what the document has besides: ``command``, ``seconds``, ``verdicts``,
-            ``warnings``, ``notes``, ``held_out``.
+            ``warnings``, ``notes``, ``held_out``, ``made_up``.
     """
     rules: Rules = facts["rules"]
     bits = max(rules.widths.weights, rules.widths.activations)
@@ -43,6 +43,7 @@ def calibration_document(
             "calibration": observations.n_samples,
             "evaluation": comparison.n_samples,
             "held_out": facts["held_out"],
+            "made_up": facts["made_up"],
         },
         "float": float_facts(comparison),
         "metric_name": comparison.scores and comparison.scores.name,

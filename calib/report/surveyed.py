@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calib.files import uninterrupted, whole_file, write_texts, writing
+from calib.files import whole_file, write_texts, writing
 from calib.report.document import blank, figures, float_facts, model_facts, number, plain
 from calib.report.page import render_page
 from calib.report.tensors import tensor_entries
-from calib.resuming import checkpoint_path
+from calib.resuming import appearing
 from calib.sensitivity import Sensitivity
 from calib.survey import Measured, Row, Survey
 from calib.table import dumps
@@ -31,15 +30,11 @@ def save_survey(survey: Survey) -> tuple[Path, ...]:
         texts[run.report] = render_page(document)
     if run.summary is not None:
         texts[run.summary] = dumps(document, indent=1) + "\n"
-    with ExitStack() as files:
+    with appearing(run) as files:
         write_texts(texts, files)
         if run.save_observations is not None:
             with writing(run.save_observations):
                 survey.observations.write(files.enter_context(whole_file(run.save_observations)))
-        with uninterrupted():
-            files.close()
-            if run.save_observations is not None:
-                checkpoint_path(run.save_observations).unlink(missing_ok=True)
     return (*texts, *([run.save_observations] if run.save_observations else ()))
 
 
