@@ -7,7 +7,8 @@
     ├── ObservationsError  saved observations that cannot be used here
     ├── CalibratorError    an unknown, clashing or misbehaving calibrator
     ├── OutputError        a file that cannot be written
-    └── VerificationError  a written model that does not compute what it should
+    ├── VerificationError  a written model that does not compute what it should
+    └── TrainingError      a PyTorch model that cannot be prepared, trained or exported
 
 Messages are one line: where, what was found, what is allowed, what to do.
 """
@@ -45,6 +46,10 @@ class OutputError(CalibError):
 
 class VerificationError(CalibError):
     """The written model does not compute what the calibration table says."""
+
+
+class TrainingError(CalibError):
+    """A PyTorch model cannot be prepared for quantization-aware training, trained or exported."""
 
 
 def one_line(error: object) -> str:

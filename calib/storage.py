@@ -23,13 +23,15 @@ _FLOAT16_OPSET = 19  # the first whose QuantizeLinear and DequantizeLinear take 
 
 def choose_storages(model: ir.Model, table: CalibrationTable) -> dict[str, Storage]:
     """How each tensor's integers are stored."""
-    mishandled = _moved_to(model) | _read_with_int8_weights(table)
+    mishandled = _made_from(model, ("Clip", "MaxPool")) | _read_with_int8_weights(table)
+    after_relu = _made_from(model, ("Relu",))
 
     def storage(record: TensorRecord) -> Storage:
         narrowest = record.qtype.storage
         if record.spec.kind == "weight":
             return narrowest
         wider = record.name in mishandled or record.qtype.exceeds(narrowest)
+        wider = wider or (record.qtype.signed and record.name in after_relu)
         return record.qtype.clipped_storage if wider else narrowest
 
     return {record.name: storage(record) for record in table.records}
@@ -44,23 +46,24 @@ def widened_note(table: CalibrationTable, storages: dict[str, Storage]) -> tuple
         and storages[record.name] != record.qtype.storage
     ]
     note = (
-        f"4-bit activations that are stored in 8 bits, as onnxruntime cannot load 4-bit ones "
+        f"4-bit activations that are stored in 8 bits, as onnxruntime mishandles 4-bit ones "
         f"there: {len(names)}, the first {names[:1]}"
     )
     return (note,) if names else ()
 
 
-def _moved_to(model: ir.Model) -> set[str | None]:
-    """Values that a Clip or a MaxPool gives, or that are made from one by anything but a layer.
+def _made_from(model: ir.Model, op_types: tuple[str, ...]) -> set[str | None]:
+    """Values that such an operator gives, or that are made from one by anything but a layer.
 
-    onnxruntime 1.31 moves a QuantizeLinear to before many such operators, and drops others, and
-    then cannot load a 4-bit one behind the Clip, or before the MaxPool.
+    onnxruntime 1.31 moves a QuantizeLinear to before many operators, and drops others, and then
+    cannot load a 4-bit one behind a Clip, or before a MaxPool; before a signed 4-bit one it drops
+    a Relu, and computes another thing.
     """
     found: set[str | None] = set()
     for node in model.graph:
         floats = [v.name for v in node.inputs if v is not None and _is_float_activation(v)]
         follows = len(floats) == 1 and floats[0] in found and node.op_type not in QUANTIZABLE_OPS
-        if node.op_type in ("Clip", "MaxPool") or follows:
+        if node.op_type in op_types or follows:
             found.update(value.name for value in node.outputs)
     return found
 

@@ -81,6 +81,22 @@ FLOW = (
     "surveying",
     "report.surveyed",
     "testing",
+    "qat.grid",
+    "qat.distribution",
+    "qat.estimators",
+    "qat.observing",
+    "qat.quantizer",
+    "qat.modules",
+    "qat.settings",
+    "qat.preparing",
+    "qat.marking",
+    "qat.recording",
+    "qat.exporting",
+    "qat",
+)
+TORCH = (
+    *("grid", "distribution", "estimators", "observing", "quantizer", "modules", "preparing"),
+    *("marking", "exporting"),
 )
 # The only files that may import each of these libraries, or any part of them.
 DOORS = {
@@ -102,6 +118,8 @@ DOORS = {
         "calib.verification",
         "calib.switchable",
         "calib.inspection",
+        "calib.qat.marking",
+        "calib.qat.exporting",
     },
     "onnxscript": {"calib.prepare", "calib.storage"},
     "click": {
@@ -116,7 +134,7 @@ DOORS = {
     "yaml": {"calib.yaml_text"},
     "PIL": {"calib.images"},
     "plotly": {"calib.report.page"},
-    "torch": set(),
+    "torch": {f"calib.qat.{name}" for name in TORCH},
 }
 # What a file of ours may import besides: anything else is a new dependency.
 LIGHT = {"calib", "numpy", *sys.stdlib_module_names}

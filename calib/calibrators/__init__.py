@@ -13,7 +13,7 @@ import difflib
 import typing
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -45,6 +45,14 @@ class Calibrator(Protocol):
 
         0 says that none can be given: the caller then takes ``max|x|`` and notes it.
         """
+
+
+@runtime_checkable
+class WarmStarting(Protocol):
+    """A calibrator that gets there sooner from thresholds that are close."""
+
+    def refine(self, dist: Distribution, qtype: QuantType, start: Floats, /) -> Floats:
+        """As calling the calibrator, from ``start`` ``(G,)`` on; a little less exact."""
 
 
 def names() -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from calib.errors import OptionError
 from calib.qtypes import QuantType
 
 _MAX_UPDATES = 200
+_CLOSE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,26 @@ class Octav:
             for _ in range(self.iterations):
                 s = _update(dist, s, nonzero, noise)
             return s
+        return self._solve(dist, s, nonzero, noise, self.tolerance)
+
+    def refine(self, dist: Distribution, qtype: QuantType, start: Floats, /) -> Floats:
+        """As calling, from thresholds ``start`` ``(G,)`` that are close already, such as those of
+        the training step before; within 0.1 %.
+
+        Near the fixed point an update that moves s by a fraction δ leaves an error of about 3 δ²
+        at 4 bits and 8 δ² at 8: so the recursion ends once δ is below 1 %. Often that is one
+        update, and thus one pass over the values. With ``iterations``, it is the call itself.
+        """
+        if self.iterations:
+            return self(dist, qtype)
+        nonzero = np.maximum(dist.tail(np.zeros(dist.groups)).count, 1)
+        below = np.minimum(start, (1 - _CLOSE) * dist.max_abs())  # from the maximum none comes back
+        return self._solve(dist, below, nonzero, self._noise(qtype), _CLOSE)
+
+    def _solve(
+        self, dist: Distribution, s: Floats, nonzero: Floats, noise: float, tolerance: float
+    ) -> Floats:
+        """The recursion from ``s`` on, until it moves by less than ``tolerance``."""
         low, high = np.zeros_like(s), dist.max_abs()
         for _ in range(_MAX_UPDATES):
             proposal = _update(dist, s, nonzero, noise)
@@ -62,7 +83,7 @@ class Octav:
             high = np.where(proposal <= s, np.minimum(high, s), high)
             inside = (low < proposal) & (proposal < high)
             proposal = np.where(inside, proposal, (low + high) / 2)
-            settled = np.abs(proposal - s) <= self.tolerance * proposal
+            settled = np.abs(proposal - s) <= tolerance * proposal
             s = proposal
             if settled.all():
                 break

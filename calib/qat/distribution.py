@@ -1,0 +1,120 @@
+"""A distribution on torch tensors: what calibrators ask is computed where the tensor lies."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib.distribution import Floats, Tail
+from calib.qat.grid import Grid, apply_scale, scale_of
+from calib.qtypes import QuantType
+
+
+class TensorSamples:
+    """Values of shape ``(G, N)`` of any float type on any device, each standing for ``counts``
+    values where these are given; a `calib.distribution.Distribution`.
+
+    Only vectors of shape ``(G,)`` leave the device. Sums are those of float32, in which a
+    threshold is off by less than 1e-6. The values are never modified.
+    """
+
+    def __init__(self, values: Tensor, counts: Tensor | None = None):
+        self._values = values.detach().float()
+        self._counts = counts
+
+    @property
+    def groups(self) -> int:
+        return int(self._values.shape[0])
+
+    @property
+    def has_negative(self) -> bool:
+        return bool((self._extremes[0] < 0).any())
+
+    def count(self) -> Floats:
+        if self._counts is not None:
+            return np.full(self.groups, float(self._counts.sum()))
+        return np.full(self.groups, float(self._values.shape[1]))
+
+    def max_abs(self) -> Floats:
+        largest: Floats = np.abs(self._extremes).max(axis=0)
+        return largest
+
+    def mean_abs(self) -> Floats:
+        return self._sum(self._magnitude) / self.count()
+
+    def rms(self) -> Floats:
+        return np.sqrt(self._sum(self._values.square()) / self.count())
+
+    def quantile(self, q: float) -> Floats:
+        if q >= 1:
+            return self.max_abs()
+        magnitude = self._magnitude
+        wanted = q * float(self.count()[0]) * (1 - 1e-12)
+        if self._counts is None:
+            rank = max(1, int(np.ceil(wanted)))
+            return _floats(magnitude.kthvalue(rank, dim=1).values)
+        magnitude, order = magnitude.sort(dim=1)
+        below = self._counts[order].cumsum(1)
+        first = (below < wanted).sum(1, keepdim=True)
+        return _floats(magnitude.gather(1, first)[:, 0])
+
+    def tail(self, t: Floats) -> Tail:
+        if np.ndim(t) == 1 and not np.any(t):
+            return self._nonzero
+        rows = [self._tail(row) for row in np.reshape(t, (-1, self.groups))]
+        count, total = (np.reshape([row[n] for row in rows], np.shape(t)) for n in (0, 1))
+        return Tail(count, total)
+
+    def mse(self, t: Floats, qtype: QuantType) -> Floats:
+        grid = Grid(qtype.bits, narrow=qtype.narrow)
+        signed = torch.tensor(qtype.signed, device=self._values.device)
+        errors = []
+        for row in np.reshape(t, (-1, self.groups)):
+            scale = scale_of(self._per_group(row).float(), grid.steps(signed))
+            quantized = apply_scale(self._values, scale[:, None], grid, signed)
+            squares = self._sum((quantized - self._values).square()) / self.count()
+            errors.append(np.where(row > 0, squares, self.rms() ** 2))
+        return np.reshape(errors, np.shape(t))
+
+    @cached_property
+    def _extremes(self) -> Floats:
+        """The smallest and the largest value of each group: (2, G); NaN where there is one."""
+        if self.groups == 1:
+            low, high = self._values.aminmax()  # several times faster than by rows
+            return _floats(torch.stack([low, high])[:, None])
+        return _floats(torch.stack(self._values.aminmax(dim=1)))
+
+    @cached_property
+    def _magnitude(self) -> Tensor:
+        return self._values.abs() if self.has_negative else self._values
+
+    @cached_property
+    def _nonzero(self) -> Tail:
+        return Tail(self._sum(self._magnitude.sign()), self._sum(self._magnitude))
+
+    def _tail(self, t: Floats) -> tuple[Floats, Floats]:
+        """Count and sum of the magnitudes above ``t``: by sums of floats, which torch adds up many
+        times faster than it counts."""
+        if self.groups == 1:
+            above = torch.nn.functional.threshold(self._magnitude, float(np.float32(t[0])), 0.0)
+        else:
+            magnitude = self._magnitude
+            above = magnitude * (magnitude > self._per_group(t).float()[:, None])
+        total = self._sum(above)
+        return self._sum(above.sign_()), total
+
+    def _sum(self, terms: Tensor) -> Floats:
+        if self._counts is not None:
+            return _floats((terms.double() * self._counts).sum(1))
+        return _floats(terms.sum(1))
+
+    def _per_group(self, vector: Floats) -> Tensor:
+        return torch.from_numpy(np.asarray(vector, np.float64)).to(self._values.device)
+
+
+def _floats(vector: Tensor) -> Floats:
+    answer: Floats = vector.double().cpu().numpy()
+    return answer

@@ -1,0 +1,216 @@
+"""From the values of a tensor in one step to its threshold; the state lies in a layer's buffers.
+
+One operator of torch, so that a compiled model need not be broken up for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from calib.calibrators import WarmStarting, make, thresholds
+from calib.distribution import Floats
+from calib.errors import TrainingError
+from calib.qat.distribution import TensorSamples
+from calib.qat.grid import to_groups
+from calib.qtypes import QuantType
+
+# Weight of the present batch in a running mean, as BatchNorm has it; at first a plain mean.
+MOMENTUM = 0.1
+# In place of a number of batches: a threshold of this batch alone, and nothing is stored.
+ALONE = -1
+# In place of an axis.
+ACTIVATION, WHOLE_WEIGHT = -1, -2
+# Counts of all bfloat16 codes, then the minimum and the maximum.
+POOL_SIZE = (1 << 16) + 2
+
+_made = lru_cache(maxsize=None)(make)
+
+
+@dataclass(frozen=True)
+class _State:
+    """The buffers of a quantizer."""
+
+    stored: Tensor
+    signed: Tensor
+    n_seen: Tensor
+    pool: Tensor
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """The settings of a quantizer."""
+
+    calibrator: str
+    bits: int
+    axis: int
+    batches: int
+    name: str
+
+    @property
+    def is_weight(self) -> bool:
+        return self.axis != ACTIVATION
+
+
+@torch.library.custom_op(
+    "octav_calibrate::observe", mutates_args=("stored", "signed", "n_seen", "pool")
+)
+def observe(
+    x: Tensor,
+    stored: Tensor,
+    signed: Tensor,
+    n_seen: Tensor,
+    pool: Tensor,
+    calibrator: str,
+    bits: int,
+    axis: int,
+    batches: int,
+    name: str,
+) -> Tensor:
+    """The threshold to quantize ``x`` with in this step, float32 ``(G,)``.
+
+    Args:
+        x: values of any shape and float type; finite.
+        stored: float32 ``(G,)``, what evaluation uses; updated: in dynamic mode the running mean
+            of an activation's and the last of a weight's thresholds, in static mode their mean
+            over the batches so far, or the threshold of all values so far.
+        signed: bool ``()``, whether any value ever was negative; updated.
+        n_seen: int64 ``()``, how many batches ``stored`` stands for; updated.
+        pool: float64 ``(POOL_SIZE,)``, counts of the values so far; updated; or empty.
+        calibrator: as `calib.calibrators.make` reads it.
+        bits: width.
+        axis: of the groups, or `ACTIVATION` or `WHOLE_WEIGHT`.
+        batches: of static mode, after which nothing changes; 0 in dynamic mode; or `ALONE`.
+        name: of the tensor, for errors.
+
+    Raises:
+        TrainingError: if ``x`` holds NaN or infinity; on all ranks of a distributed run.
+    """
+    state = _State(stored, signed, n_seen, pool)
+    spec = _Spec(calibrator, bits, axis, batches, name)
+    if x.numel() == 0:
+        return stored.clone()
+    if 0 < batches <= int(n_seen):
+        _check_finite(TensorSamples(to_groups(x, None)), name)
+        return stored.clone()
+    if batches == ALONE:
+        warnings.warn(
+            "a prepared model is evaluated before it has seen a training batch: activations are "
+            "quantized with thresholds of each batch alone",
+            stacklevel=2,
+        )
+    used = _observe_weight(x, state, spec) if spec.is_weight else _observe_input(x, state, spec)
+    return stored.clone() if batches > 0 else used
+
+
+@observe.register_fake
+def _shape_of_observed(_x: Tensor, stored: Tensor, *_others: object) -> Tensor:
+    return torch.empty_like(stored)
+
+
+def _observe_weight(x: Tensor, state: _State, spec: _Spec) -> Tensor:
+    dist = TensorSamples(to_groups(x, spec.axis if spec.axis >= 0 else None))
+    _check_finite(dist, spec.name)
+    threshold = _to_tensor(_solve(dist, state, spec, signed=True), state)
+    state.stored.copy_(threshold)
+    state.signed.fill_(True)
+    state.n_seen.add_(1)
+    return threshold
+
+
+def _observe_input(x: Tensor, state: _State, spec: _Spec) -> Tensor:
+    if state.pool.numel():
+        _count(x, state.pool)
+        dist = _pooled(state.pool)
+    else:
+        dist = TensorSamples(to_groups(x, None))
+    was_signed = bool(state.signed)
+    threshold, negative = _agree(dist, state, spec, signed=was_signed)
+    if negative and not was_signed:
+        state.signed.fill_(True)
+        state.n_seen.zero_()  # what is stored belongs to another grid
+        threshold, _ = _agree(dist, state, spec, signed=True)
+    if threshold is None:  # all zero: no threshold exists
+        return state.stored.clone()
+    used, n_seen = torch.full_like(state.stored, threshold), int(state.n_seen)
+    share = 1 / (n_seen + 1)
+    if state.pool.numel():
+        share = 1.0
+    elif spec.batches == 0:
+        share = max(share, MOMENTUM)
+    state.stored.lerp_(used, share)
+    state.n_seen.add_(1)
+    return used
+
+
+def _agree(
+    dist: TensorSamples, state: _State, spec: _Spec, *, signed: bool
+) -> tuple[float | None, bool]:
+    """The mean threshold over ranks that have one, and whether any saw a negative value."""
+    largest = float(dist.max_abs()[0])
+    finite, known = bool(np.isfinite(largest)), bool(np.isfinite(largest) and largest > 0)
+    threshold = float(_solve(dist, state, spec, signed=signed)[0]) if known else 0.0
+    facts = [threshold, known, finite and dist.has_negative, not finite]
+    if distributed.is_available() and distributed.is_initialized():
+        shared = torch.tensor(facts, dtype=torch.float64, device=state.stored.device)
+        distributed.all_reduce(shared)
+        facts = shared.tolist()
+    total, n_known, negative, broken = facts
+    if broken:
+        raise _not_finite(spec.name)
+    return (total / n_known if n_known else None), bool(negative)
+
+
+def _solve(dist: TensorSamples, state: _State, spec: _Spec, *, signed: bool) -> Floats:
+    calibrator: Any = _made(spec.calibrator)
+    qtype = QuantType(spec.bits, signed, narrow=spec.is_weight)
+    if int(state.n_seen) and isinstance(calibrator, WarmStarting):
+        start = state.stored.double().cpu().numpy()
+        calibrator = partial(_refined, calibrator, start)
+    return thresholds(calibrator, dist, qtype)[0]
+
+
+def _refined(
+    calibrator: WarmStarting, start: Floats, dist: TensorSamples, qtype: QuantType
+) -> Floats:
+    return calibrator.refine(dist, qtype, start)
+
+
+def _count(x: Tensor, pool: Tensor) -> None:
+    """Adds the values of ``x`` to ``pool`` by their bfloat16, as `calib.counter` does."""
+    values = x.detach().float().reshape(-1)
+    codes = ((values.view(torch.int32) + 0x8000) >> 16) & 0xFFFF
+    pool[:-2] += torch.bincount(codes, minlength=POOL_SIZE - 2)
+    low, high = values.aminmax()
+    pool[-2], pool[-1] = torch.minimum(pool[-2], low), torch.maximum(pool[-1], high)
+
+
+def _pooled(pool: Tensor) -> TensorSamples:
+    codes = pool[:-2].nonzero()[:, 0]
+    values = (codes << 16).to(torch.int32).view(torch.float32)
+    if not values.isfinite().all():
+        return TensorSamples(values[None])
+    low, high = pool[-2].float(), pool[-1].float()
+    return TensorSamples(values.clamp(low, high)[None], pool[codes])
+
+
+def _check_finite(dist: TensorSamples, name: str) -> None:
+    if not np.isfinite(dist.max_abs()).all():
+        raise _not_finite(name)
+
+
+def _not_finite(name: str) -> TrainingError:
+    return TrainingError(
+        f"{name}: holds NaN or infinity: the training data does, or training has diverged (try a "
+        f"lower learning rate)"
+    )
+
+
+def _to_tensor(vector: Floats, state: _State) -> Tensor:
+    return torch.from_numpy(vector).to(state.stored.device, state.stored.dtype)

@@ -1,0 +1,325 @@
+"""Attach quantizers to the layers of a PyTorch model by hooks, and take them off again.
+
+A layer keeps its class, its parameters and their names. It gains a submodule ``fake_quant`` with
+its quantizers, and two hooks: one that quantizes its input, and its weight for the time of the
+call, and one that puts the weight back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from calib.errors import OptionError, TrainingError
+from calib.graph import Kind
+from calib.qat.estimators import LEARNED
+from calib.qat.modules import MatMul
+from calib.qat.quantizer import Quantizer, TensorSettings
+from calib.qat.settings import LayerRule, Recipe
+from calib.rules import Reduction, Widths
+
+_LOG = logging.getLogger(__name__)
+
+FOLDER = "fake_quant"
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHTED = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+_UNSUPPORTED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+_OPERANDS = ("first", "second")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FakeQuant(nn.Module):
+    """The quantizers of one layer: ``weight`` and ``activation``, or the operands of a `MatMul`.
+
+    ``handles`` are those of the hooks.
+    """
+
+    def __init__(self, quantizers: Mapping[str, Quantizer]) -> None:
+        super().__init__()
+        self.handles: tuple[Any, ...] = ()
+        for name, quantizer in quantizers.items():
+            self.add_module(name, quantizer)
+
+
+def prepare(
+    model: Model,
+    bits: int | Widths = 4,
+    calibrator: str = "octav",
+    mode: str = "dynamic",
+    gradient: str = "mph",
+    edge_bits: int | None = None,
+    rules: Iterable[LayerRule] = (),
+    reduction: Reduction | None = None,
+) -> Model:
+    """``model``, its layers quantizing their inputs and weights from now on; changed in place.
+
+    Weights get one threshold for each output channel, activations one, on an unsigned grid as long
+    as nothing negative was seen. Training needs no change; `export` writes the result.
+
+    Args:
+        model: every Conv, ConvTranspose, Linear and `MatMul` in it is prepared. Layers of other
+            kinds stay float, which is logged where they multiply weights.
+        bits: of weights and activations; `Widths` for different ones.
+        calibrator: as `calib.calibrators.make` reads it: ``octav``, ``percentile:99.9``, …
+        mode: ``dynamic``: a threshold of its own for each step; evaluation and export use the
+            running mean of an activation's and the last of a weight's. ``static``: calibrated on
+            the first training batches, or by `calibrate`, then fixed (OCTAV, section 5).
+        gradient: ``ste``, ``pwl``, ``mad``, ``mph`` (mad for weights, pwl for activations);
+            ``pact`` or ``lsq`` for a learned threshold or scale, which starts from the
+            calibrator's: make the optimizer after this. ``pact`` learns activations' thresholds
+            alone; weights then have ``ste`` and a dynamic or static threshold.
+        edge_bits: of the first and last layer with weights, in the order of
+            ``model.named_modules()``; None: 8, or ``bits`` where that is more.
+        rules: what holds for some layers instead; of those that match, the first decides.
+        reduction: of static calibration, over how many batches, ``mean`` or ``pool``; None for the
+            mean over 5.
+
+    Raises:
+        OptionError, CalibratorError: for a setting that is unknown or out of bounds, a rule that
+            matches nothing.
+        TrainingError: if the model is prepared already, has no layer to quantize, or one whose
+            shape is not known yet.
+    """
+    widths = bits if isinstance(bits, Widths) else Widths(bits, bits)
+    if edge_bits is not None:
+        widths = Widths(widths.weights, widths.activations, edge_bits)
+    recipe = Recipe(
+        widths, calibrator, mode, gradient, tuple(rules), reduction or Reduction("mean")
+    )
+    if any(True for _ in prepared_layers(model)):
+        raise TrainingError("the model is prepared already: calib.qat.remove(model) undoes that")
+    layers, others = _find(model)
+    recipe.check_layers([*layers, *others])
+    weighted = [name for name, layer in layers.items() if not isinstance(layer, MatMul)]
+    attached = 0
+    for name, layer in layers.items():
+        edge = name in (weighted[:1] + weighted[-1:])
+        attached += _attach(name, layer, recipe, edge=edge)
+    if not attached:
+        raise _nothing(layers, others)
+    for name, reason in others.items():
+        _LOG.warning("%s stays float: %s", name, reason)
+    return model
+
+
+def remove(model: Model) -> Model:
+    """``model`` without quantizers, a float model again; changed in place.
+
+    Raises:
+        TrainingError: if it is not prepared.
+    """
+    layers = list(prepared_layers(model))
+    if not layers:
+        raise not_prepared()
+    for _, layer, quantizers in layers:
+        for handle in quantizers.handles:
+            handle.remove()
+        delattr(layer, FOLDER)
+    return model
+
+
+def calibrate(model: Model, batches: Iterable[object]) -> Model:
+    """``model``, its thresholds observed on ``batches`` without any training; changed in place.
+
+    Args:
+        model: prepared; runs in evaluation mode, without gradients.
+        batches: what it is called with: a tensor, a tuple of arguments or a dictionary of keyword
+            arguments each. Static calibration is over after as many as it takes.
+
+    Raises:
+        TrainingError: if the model is not prepared, there is no batch, or a value is not finite.
+    """
+    found = quantizers(model)
+    modes = {module: module.training for module in model.modules()}
+    n_batches = 0
+    model.eval()
+    for quantizer in found.values():
+        quantizer.train()
+    try:
+        with torch.no_grad():
+            for n_batches, batch in enumerate(batches, 1):  # noqa: B007 - counted
+                call(model, batch)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not n_batches:
+        raise TrainingError("calibrate was given no batch")
+    return model
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """All quantizers by the names of their tensors: ``conv1.weight``, ``conv1.activation``, and
+    for a `MatMul` ``scores.first``, ``scores.second``.
+
+    Raises:
+        TrainingError: if the model is not prepared.
+    """
+    found = {
+        quantizer.settings.name: quantizer
+        for _, _, folder in prepared_layers(model)
+        for quantizer in folder.children()
+        if isinstance(quantizer, Quantizer)
+    }
+    if not found:
+        raise not_prepared()
+    return found
+
+
+def prepared_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, FakeQuant]]:
+    """Name, layer and quantizers of all prepared layers."""
+    for name, module in model.named_modules():
+        folder = module._modules.get(FOLDER)
+        if isinstance(folder, FakeQuant):
+            yield name, module, folder
+
+
+def not_prepared() -> TrainingError:
+    """The error for a model without quantizers."""
+    return TrainingError("the model is not prepared: calib.qat.prepare(model) comes first")
+
+
+def call(model: nn.Module, batch: object) -> Any:
+    """The model's answer to a tensor, a tuple of arguments or a dictionary of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _find(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers to quantize by name, and those that cannot be, with reasons."""
+    layers: dict[str, nn.Module] = {}
+    others: dict[str, str] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") or not outer for outer in inside):
+            continue
+        if isinstance(module, _UNSUPPORTED):
+            others[name] = _why_unsupported(module)
+            inside.append(name)
+        elif isinstance(module, MatMul):
+            layers[name] = module
+        elif isinstance(module, _WEIGHTED):
+            if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+                others[name] = "its weight is computed from other parameters"
+            elif isinstance(module.weight, nn.parameter.UninitializedParameter):
+                raise TrainingError(
+                    f"{name}: the shape of its weight is not known yet: run the model once before"
+                )
+            else:
+                layers[name] = module
+    return layers, others
+
+
+def _why_unsupported(module: nn.Module) -> str:
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "MultiheadAttention calls functions that hooks cannot see; build it from Linear and "
+            "calib.qat.ScaledDotProductAttention"
+        )
+    return f"{type(module).__name__} is not supported"
+
+
+def _nothing(layers: Mapping[str, nn.Module], others: Mapping[str, str]) -> Exception:
+    if layers:
+        return OptionError("nothing left to quantize: rules skip all layers")
+    first = "".join(f" ({name}: {reason})" for name, reason in list(others.items())[:1])
+    return TrainingError(
+        f"nothing to quantize: no Conv, ConvTranspose, Linear or calib.qat.MatMul in the "
+        f"model{first}"
+    )
+
+
+def _attach(name: str, layer: nn.Module, recipe: Recipe, *, edge: bool) -> bool:
+    """Gives a layer its quantizers and hooks; returns whether there is any."""
+    found: dict[str, Quantizer] = {}
+    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+    kinds: dict[str, Kind] = {"activation": "activation", "weight": "weight"}
+    if isinstance(layer, MatMul):
+        kinds = dict.fromkeys(_OPERANDS, "activation")
+    for part, kind in kinds.items():
+        if recipe.rule_for(name, kind).skip:
+            continue
+        settings = _settings((name, part), layer, recipe, edge=edge)
+        groups = 1 if settings.axis is None else layer.get_parameter("weight").shape[settings.axis]
+        found[part] = Quantizer(settings, groups, device)
+    if not found:
+        return False
+    folder = FakeQuant(found)
+    layer.add_module(FOLDER, folder)
+    before = _before_product if isinstance(layer, MatMul) else _before_layer
+    folder.handles = (
+        layer.register_forward_pre_hook(before, with_kwargs=True),
+        layer.register_forward_hook(_after, always_call=True),
+    )
+    folder.train(layer.training)
+    return True
+
+
+def _settings(
+    place: tuple[str, str], layer: nn.Module, recipe: Recipe, *, edge: bool
+) -> TensorSettings:
+    name, part = place
+    kind: Kind = "weight" if part == "weight" else "activation"
+    rule = recipe.rule_for(name, kind)
+    gradient = rule.gradient or recipe.gradient
+    if gradient == "mph":
+        gradient = "mad" if kind == "weight" else "pwl"
+    elif gradient == "pact" and kind == "weight":
+        gradient = "ste"
+    static = (rule.mode or recipe.mode) == "static"
+    batches = recipe.reduction.batches if static else 0
+    if (kind == "weight" and static) or gradient in LEARNED:
+        batches = 1
+    return TensorSettings(
+        name=f"{name}.{part}".lstrip("."),
+        kind=kind,
+        bits=rule.bits or recipe.widths.of(kind, edge),
+        axis=None if kind == "activation" else int(isinstance(layer, _TRANSPOSED)),
+        calibrator=rule.calibrator or recipe.calibrator,
+        batches=batches,
+        pooled=static and kind == "activation" and batches > 1 and recipe.reduction.name == "pool",
+        gradient=gradient,
+    )
+
+
+# --- hooks: functions of modules, so that deepcopy and torch.save take them along --------------
+
+
+def _before_layer(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    found = layer._modules[FOLDER]._modules  # type: ignore[union-attr]
+    quantize_input, quantize_weight = found.get("activation"), found.get("weight")
+    if quantize_input is not None:
+        if args:
+            args = (quantize_input(args[0]), *args[1:])
+        else:
+            kwargs = {**kwargs, "input": quantize_input(kwargs["input"])}
+    if quantize_weight is not None:
+        # Found before the parameter, which stays where it is.
+        layer.__dict__["weight"] = quantize_weight(layer._parameters["weight"])
+    return args, kwargs
+
+
+def _before_product(
+    product: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    found = product._modules[FOLDER]._modules  # type: ignore[union-attr]
+    first, second = (*args, *(kwargs[name] for name in ("a", "b") if name in kwargs))
+    operands: list[Tensor] = []
+    for name, operand in zip(_OPERANDS, (first, second), strict=True):
+        quantizer = found.get(name)
+        operands.append(operand if quantizer is None else quantizer(operand))
+    return tuple(operands), {}
+
+
+def _after(layer: nn.Module, _args: object, _output: object) -> None:
+    layer.__dict__.pop("weight", None)
