@@ -39,14 +39,14 @@ class TensorSamples:
         return np.full(self.groups, float(self._values.shape[1]))
 
     def max_abs(self) -> Floats:
-        largest: Floats = np.abs(self._extremes).max(axis=0)
-        return largest
+        return self._max_abs.copy()
 
     def mean_abs(self) -> Floats:
-        return self._sum(self._magnitude) / self.count()
+        return self._sums(self._magnitude)[0] / self.count()
 
     def rms(self) -> Floats:
-        return np.sqrt(self._sum(self._values.square()) / self.count())
+        mean_square: Floats = self._sums(self._values.square())[0] / self.count()
+        return np.sqrt(mean_square)
 
     def quantile(self, q: float) -> Floats:
         if q >= 1:
@@ -75,7 +75,7 @@ class TensorSamples:
         for row in np.reshape(t, (-1, self.groups)):
             scale = scale_of(self._per_group(row).float(), grid.steps(signed))
             quantized = apply_scale(self._values, scale[:, None], grid, signed)
-            squares = self._sum((quantized - self._values).square()) / self.count()
+            squares = self._sums((quantized - self._values).square())[0] / self.count()
             errors.append(np.where(row > 0, squares, self.rms() ** 2))
         return np.reshape(errors, np.shape(t))
 
@@ -88,14 +88,19 @@ class TensorSamples:
         return _floats(torch.stack(self._values.aminmax(dim=1)))
 
     @cached_property
+    def _max_abs(self) -> Floats:
+        largest: Floats = np.abs(self._extremes).max(axis=0)
+        return largest
+
+    @cached_property
     def _magnitude(self) -> Tensor:
         return self._values.abs() if self.has_negative else self._values
 
     @cached_property
     def _nonzero(self) -> Tail:
-        return Tail(self._sum(self._magnitude.sign()), self._sum(self._magnitude))
+        return Tail(*self._sums(self._magnitude.sign(), self._magnitude))
 
-    def _tail(self, t: Floats) -> tuple[Floats, Floats]:
+    def _tail(self, t: Floats) -> list[Floats]:
         """Count and sum of the magnitudes above ``t``: by sums of floats, which torch adds up many
         times faster than it counts."""
         if self.groups == 1:
@@ -103,13 +108,13 @@ class TensorSamples:
         else:
             magnitude = self._magnitude
             above = magnitude * (magnitude > self._per_group(t).float()[:, None])
-        total = self._sum(above)
-        return self._sum(above.sign_()), total
+        return self._sums(above.sign(), above)
 
-    def _sum(self, terms: Tensor) -> Floats:
+    def _sums(self, *terms: Tensor) -> list[Floats]:
+        """Sums by group, which leave the device together."""
         if self._counts is not None:
-            return _floats((terms.double() * self._counts).sum(1))
-        return _floats(terms.sum(1))
+            terms = tuple(t.double() * self._counts for t in terms)
+        return list(_floats(torch.stack([t.sum(1) for t in terms])))
 
     def _per_group(self, vector: Floats) -> Tensor:
         return torch.from_numpy(np.asarray(vector, np.float64)).to(self._values.device)

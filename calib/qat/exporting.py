@@ -4,6 +4,7 @@ after calibration."""
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -157,36 +158,45 @@ def _traced(
     model: nn.Module, inputs: object, interface: tuple[Any, Any, Any]
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """The graph with marks, and what to say of it."""
-    input_names, output_names, shapes = interface
     for quantizer in quantizers(model).values():
         quantizer.marker = mark
-    attempts = [shapes] if shapes is not None else [_free_batch(inputs), None]
-    for number, attempt in enumerate(attempts):
-        example = inputs if attempt is None else _doubled(inputs)
-        args, kwargs = (
-            ((), dict(example)) if isinstance(example, Mapping) else (_tuple(example), None)
-        )
+    *names, shapes = interface
+    attempts: list[tuple[object, Any, tuple[str, ...]]] = [(inputs, shapes, ())]
+    if shapes is None:
+        fixed = ("the batch is fixed, as the model's code depends on its size",)
+        attempts = [(_doubled(inputs), _free_batch(inputs), ()), (inputs, None, fixed)]
+    failure: Exception | None = None
+    for example, attempt, notes in attempts:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the exporter's own libraries deprecate things
-                program = torch.onnx.export(
-                    model,
-                    args,
-                    kwargs=kwargs,
-                    dynamo=True,
-                    verbose=False,
-                    input_names=input_names,
-                    output_names=output_names,
-                    dynamic_shapes=attempt,
-                )
+            return _program(model, example, attempt, names), notes
         except Exception as error:  # whatever tracing makes a user's code and torch raise
             failure = error
-            continue
-        assert program is not None
-        fixed = "the batch is fixed, as the model's code depends on its size" if number else ""
-        return program.model, (fixed,) if fixed else ()
-    reason = one_line(failure.__cause__ or failure)
+    reason = one_line(failure.__cause__ or failure) if failure else ""
     raise TrainingError(f"the model cannot be exported to ONNX: {reason[:400]}") from failure
+
+
+def _program(model: nn.Module, example: object, shapes: Any, names: Sequence[Any]) -> ir.Model:
+    keywords = isinstance(example, Mapping)
+    logger = logging.getLogger("torch.onnx._internal.exporter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it misses torchvision, whether a model needs it or not
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own libraries deprecate things
+            program = torch.onnx.export(
+                model,
+                () if keywords else _tuple(example),
+                kwargs=dict(example) if isinstance(example, Mapping) else None,
+                dynamo=True,
+                verbose=False,
+                input_names=names[0],
+                output_names=names[1],
+                dynamic_shapes=shapes,
+            )
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    return program.model
 
 
 def _tuple(example: object) -> tuple[Any, ...]:
@@ -229,8 +239,11 @@ def _load(program: ir.Model, trained: Trained, file: Path) -> tuple[Model, Place
 
 
 def _feed(model: Model, inputs: object) -> dict[str, NDArray[Any]]:
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     names = [spec.name for spec in model.inputs]
+    if isinstance(inputs, Mapping) and set(names) == set(inputs):
+        tensors = [inputs[name] for name in names]
+    else:
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if len(names) != len(tensors):
         raise TrainingError(
             f"the exported graph has {len(names)} inputs ({', '.join(names)}), the example "

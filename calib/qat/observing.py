@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from calib.calibrators import WarmStarting, make, thresholds
-from calib.distribution import Floats
+from calib.calibrators import Calibrator, WarmStarting, make, thresholds
+from calib.distribution import Distribution, Floats
 from calib.errors import TrainingError
 from calib.qat.distribution import TensorSamples
 from calib.qat.grid import to_groups
@@ -30,7 +29,15 @@ ACTIVATION, WHOLE_WEIGHT = -1, -2
 # Counts of all bfloat16 codes, then the minimum and the maximum.
 POOL_SIZE = (1 << 16) + 2
 
-_made = lru_cache(maxsize=None)(make)
+
+@cache
+def _made(spec: str) -> tuple[Calibrator, WarmStarting | None]:
+    """The calibrator, and the same again where it takes a warm start."""
+    calibrator = make(spec)
+    return calibrator, calibrator if isinstance(calibrator, WarmStarting) else None
+
+
+_qtype = lru_cache(maxsize=None)(QuantType)
 
 
 @dataclass(frozen=True)
@@ -168,16 +175,16 @@ def _agree(
 
 
 def _solve(dist: TensorSamples, state: _State, spec: _Spec, *, signed: bool) -> Floats:
-    calibrator: Any = _made(spec.calibrator)
-    qtype = QuantType(spec.bits, signed, narrow=spec.is_weight)
-    if int(state.n_seen) and isinstance(calibrator, WarmStarting):
+    calibrator, warm = _made(spec.calibrator)
+    qtype = _qtype(spec.bits, signed, spec.is_weight)
+    if warm is not None and int(state.n_seen):
         start = state.stored.double().cpu().numpy()
-        calibrator = partial(_refined, calibrator, start)
+        calibrator = partial(_refined, warm, start)
     return thresholds(calibrator, dist, qtype)[0]
 
 
 def _refined(
-    calibrator: WarmStarting, start: Floats, dist: TensorSamples, qtype: QuantType
+    calibrator: WarmStarting, start: Floats, dist: Distribution, qtype: QuantType, /
 ) -> Floats:
     return calibrator.refine(dist, qtype, start)
 

@@ -99,12 +99,17 @@ def prepare(
     layers, others = _find(model)
     recipe.check_layers([*layers, *others])
     weighted = [name for name, layer in layers.items() if not isinstance(layer, MatMul)]
-    attached = 0
-    for name, layer in layers.items():
-        edge = name in (weighted[:1] + weighted[-1:])
-        attached += _attach(name, layer, recipe, edge=edge)
-    if not attached:
+    edges = {*weighted[:1], *weighted[-1:]}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found = {
+        name: _quantizers_of(name, layer, recipe, edge=name in edges)
+        for name, layer in layers.items()
+    }
+    if not any(found.values()):
         raise _nothing(layers, others)
+    for name, its_quantizers in found.items():
+        if its_quantizers:
+            _attach(layers[name], its_quantizers, device)
     for name, reason in others.items():
         _LOG.warning("%s stays float: %s", name, reason)
     return model
@@ -237,30 +242,35 @@ def _nothing(layers: Mapping[str, nn.Module], others: Mapping[str, str]) -> Exce
     )
 
 
-def _attach(name: str, layer: nn.Module, recipe: Recipe, *, edge: bool) -> bool:
-    """Gives a layer its quantizers and hooks; returns whether there is any."""
-    found: dict[str, Quantizer] = {}
-    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+def _quantizers_of(
+    name: str, layer: nn.Module, recipe: Recipe, *, edge: bool
+) -> dict[str, Quantizer]:
+    """The quantizers of a layer by part, without those that a rule leaves out."""
     kinds: dict[str, Kind] = {"activation": "activation", "weight": "weight"}
     if isinstance(layer, MatMul):
         kinds = dict.fromkeys(_OPERANDS, "activation")
+    found = {}
     for part, kind in kinds.items():
-        if recipe.rule_for(name, kind).skip:
-            continue
-        settings = _settings((name, part), layer, recipe, edge=edge)
-        groups = 1 if settings.axis is None else layer.get_parameter("weight").shape[settings.axis]
-        found[part] = Quantizer(settings, groups, device)
-    if not found:
-        return False
-    folder = FakeQuant(found)
+        if not recipe.rule_for(name, kind).skip:
+            settings = _settings((name, part), layer, recipe, edge=edge)
+            axis = settings.axis
+            groups = 1 if axis is None else layer.get_parameter("weight").shape[axis]
+            found[part] = Quantizer(settings, groups)
+    return found
+
+
+def _attach(
+    layer: nn.Module, its_quantizers: Mapping[str, Quantizer], device: torch.device
+) -> None:
+    folder = FakeQuant(its_quantizers)
+    folder.to(next((p.device for p in layer.parameters()), device))
+    folder.train(layer.training)
     layer.add_module(FOLDER, folder)
     before = _before_product if isinstance(layer, MatMul) else _before_layer
     folder.handles = (
         layer.register_forward_pre_hook(before, with_kwargs=True),
         layer.register_forward_hook(_after, always_call=True),
     )
-    folder.train(layer.training)
-    return True
 
 
 def _settings(

@@ -69,7 +69,6 @@ class Quantizer(nn.Module):
     Args:
         settings: see there.
         groups: G.
-        device: where the tensor lies.
     """
 
     threshold: Tensor
@@ -77,19 +76,18 @@ class Quantizer(nn.Module):
     n_seen: Tensor
     pool: Tensor
 
-    def __init__(self, settings: TensorSettings, groups: int, device: torch.device) -> None:
+    def __init__(self, settings: TensorSettings, groups: int) -> None:
         super().__init__()
         self.settings = settings
         self.observed = False  # n_seen > 0, without waiting for a GPU
         self.marker: Callable[[Tensor, str], Tensor] | None = None
-        self.register_buffer("threshold", torch.ones(groups, device=device))
-        signed = torch.tensor(settings.is_weight, device=device)
-        self.register_buffer("signed", signed)
-        self.register_buffer("n_seen", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("pool", torch.zeros(0, device=device), persistent=False)
+        self.register_buffer("threshold", torch.ones(groups))
+        self.register_buffer("signed", torch.tensor(settings.is_weight))
+        self.register_buffer("n_seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("pool", torch.zeros(0), persistent=False)
         self.reset()
         if settings.gradient in LEARNED:
-            self.learned = nn.Parameter(torch.ones(groups, device=device))
+            self.learned = nn.Parameter(torch.ones(groups))
 
     @property
     def grid(self) -> Grid:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,10 +59,11 @@ def trained_table(model: Model, places: Places, trained: Trained, batch: Batch) 
         VerificationError: if a weight is not on the grid that it was trained on.
     """
     uses, skipped = quantizable_uses(model)
+    nodes = {str(node.name): node for node in model.ir.graph}
     chosen: dict[str, tuple[Quantizer, list[Use]]] = {}
     left_out: list[Skipped] = []
     for use in uses:
-        name = _name(model, use, places)
+        name = _name(nodes[use.node], use, places)
         if name is None:
             left_out.append(Skipped(f"{use.tensor} of {use.node}", "not quantized in training"))
         else:
@@ -79,8 +81,8 @@ def trained_table(model: Model, places: Places, trained: Trained, batch: Batch) 
     return CalibrationTable(model.sha256, batch.n_samples, tuple(records), (*left_out, *skipped))
 
 
-def _name(model: Model, use: Use, places: Places) -> str | None:
-    node = next(n for n in model.ir.graph if n.name == use.node)
+def _name(node: Any, use: Use, places: Places) -> str | None:
+    """The quantizer of the input of ``node`` that ``use`` is about."""
     for position, value in enumerate(node.inputs[:2]):
         if value is not None and value.name == use.tensor and (use.node, position) in places:
             return places[use.node, position]
