@@ -87,6 +87,7 @@ FLOW = (
     "qat.observing",
     "qat.quantizer",
     "qat.modules",
+    "qat.hooks",
     "qat.settings",
     "qat.preparing",
     "qat.marking",
@@ -95,8 +96,8 @@ FLOW = (
     "qat",
 )
 TORCH = (
-    *("grid", "distribution", "estimators", "observing", "quantizer", "modules", "preparing"),
-    *("marking", "exporting"),
+    *("grid", "distribution", "estimators", "observing", "quantizer", "modules", "hooks"),
+    *("preparing", "marking", "exporting"),
 )
 # The only files that may import each of these libraries, or any part of them.
 DOORS = {

@@ -278,3 +278,67 @@ def test_a_parameter_out_of_bounds_is_refused(make: type[Octav], message: str) -
     with pytest.raises(OptionError) as caught:
         make()
     assert str(caught.value) == message
+
+
+# --- from a start that is close -----------------------------------------------------------------
+
+
+def of_kind(kind: str, n: int, seed: int) -> Values:
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(-1, 1, n) if kind == "uniform" else rng.standard_normal(n)
+    changes = {
+        "heavy": values**3,
+        "half zero": np.maximum(values, 0),
+        "few levels": np.rint(2 * values),
+        "equal": np.sign(values) * 0.7,
+    }
+    return changes.get(kind, values).astype(np.float32)
+
+
+kinds = st.sampled_from(["gaussian", "uniform", "heavy", "half zero", "few levels", "equal"])
+factors = st.floats(0.5, 2) | st.sampled_from([0.0, 0.999, 1.0, 1.001, 1e6])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(kinds, factors), min_size=1, max_size=3),
+    st.integers(20, 3000),
+    st.sampled_from([q for q in GRIDS if q.bits <= 8]),
+)
+def test_a_refined_threshold_is_within_a_tenth_of_a_percent(
+    groups: list[tuple[str, float]], n: int, qtype: QuantType
+) -> None:
+    """From starts that are close, and from others: nothing, and above the maximum."""
+    values = np.stack([of_kind(kind, n, seed) for seed, (kind, _) in enumerate(groups)])
+    expected = Octav()(Samples(values), qtype)
+    start = expected * [factor for _, factor in groups]
+    found = Octav().refine(Samples(values), qtype, start)
+    assert np.allclose(found, expected, rtol=1e-3, atol=0), found / expected - 1
+
+
+@by_property
+@given(tensors, st.floats(0, 1e6), st.sampled_from(GRIDS))
+def test_no_start_leads_above_the_maximum_or_to_zero(
+    values: Values, start: float, qtype: QuantType
+) -> None:
+    with_zeros = np.stack([values, np.zeros_like(values)])
+    found, of_zeros = Octav().refine(Samples(with_zeros), qtype, np.array([start, start]))
+    largest = float(np.abs(values).max())
+    assert (0 < found <= largest) or found == largest == 0
+    assert of_zeros == 0
+
+
+@by_property
+@given(tensors, st.floats(0, 1e6), st.sampled_from(GRIDS), st.integers(1, 10))
+def test_a_number_of_updates_knows_no_start(
+    values: Values, start: float, qtype: QuantType, updates: int
+) -> None:
+    dist, calibrator = Samples(values[None]), Octav("paper", iterations=updates)
+    assert calibrator.refine(dist, qtype, np.array([start])) == calibrator(dist, qtype)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e6])
+def test_a_start_from_the_maximum_does_not_stay_there(factor: float) -> None:
+    dist, qtype = Samples(drawn("laplace")[None]), QuantType(4, signed=True)
+    found = Octav().refine(dist, qtype, factor * dist.max_abs())
+    assert found == pytest.approx(Octav()(dist, qtype), rel=1e-3)

@@ -96,7 +96,9 @@ def test_everything_that_is_imported_is_required(setup_cfg: configparser.ConfigP
     distributions = {"yaml": "pyyaml", "PIL": "pillow"}
     found = {distributions.get(name, name.replace("_", "-")) for name in outside}
     extras = setup_cfg["options.extras_require"]
-    assert found == required.union(*(requirement_names(extras[e]) for e in ("images", "report", "torch")))
+    assert found == required.union(
+        *(requirement_names(extras[e]) for e in ("images", "report", "torch"))
+    )
 
 
 # --- what is installed ------------------------------------------------------------------------

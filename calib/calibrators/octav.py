@@ -11,7 +11,8 @@ from calib.errors import OptionError
 from calib.qtypes import QuantType
 
 _MAX_UPDATES = 200
-_CLOSE = 0.01
+_CLOSE = 1e-3
+_BELOW_MAXIMUM = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,15 @@ class Octav:
         """As calling, from thresholds ``start`` ``(G,)`` that are close already, such as those of
         the training step before; within 0.1 %.
 
-        Near the fixed point an update that moves s by a fraction δ leaves an error of about 3 δ²
-        at 4 bits and 8 δ² at 8: so the recursion ends once δ is below 1 %. Often that is one
-        update, and thus one pass over the values. With ``iterations``, it is the call itself.
+        Near the fixed point of many different values, an update that moves s by a fraction δ
+        leaves an error of a few δ²: two updates are common, and thus two passes over the values.
+        With ``iterations``, it is the call itself.
         """
         if self.iterations:
             return self(dist, qtype)
         nonzero = np.maximum(dist.tail(np.zeros(dist.groups)).count, 1)
-        below = np.minimum(start, (1 - _CLOSE) * dist.max_abs())  # from the maximum none comes back
+        largest = dist.max_abs()  # from where no update comes back
+        below = np.where(start < largest, start, _BELOW_MAXIMUM * largest)
         return self._solve(dist, below, nonzero, self._noise(qtype), _CLOSE)
 
     def _solve(

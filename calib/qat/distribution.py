@@ -45,8 +45,7 @@ class TensorSamples:
         return self._sums(self._magnitude)[0] / self.count()
 
     def rms(self) -> Floats:
-        mean_square: Floats = self._sums(self._values.square())[0] / self.count()
-        return np.sqrt(mean_square)
+        return np.sqrt(self._mean_square(self._values))
 
     def quantile(self, q: float) -> Floats:
         if q >= 1:
@@ -71,12 +70,13 @@ class TensorSamples:
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         grid = Grid(qtype.bits, narrow=qtype.narrow)
         signed = torch.tensor(qtype.signed, device=self._values.device)
-        errors = []
+        errors, mean_square = [], self._mean_square(self._values)
         for row in np.reshape(t, (-1, self.groups)):
-            scale = scale_of(self._per_group(row).float(), grid.steps(signed))
+            scale = scale_of(self._per_group(row).float(), grid, signed)
             quantized = apply_scale(self._values, scale[:, None], grid, signed)
-            squares = self._sums((quantized - self._values).square())[0] / self.count()
-            errors.append(np.where(row > 0, squares, self.rms() ** 2))
+            errors.append(
+                np.where(row > 0, self._mean_square(quantized - self._values), mean_square)
+            )
         return np.reshape(errors, np.shape(t))
 
     @cached_property
@@ -109,6 +109,13 @@ class TensorSamples:
             magnitude = self._magnitude
             above = magnitude * (magnitude > self._per_group(t).float()[:, None])
         return self._sums(above.sign(), above)
+
+    def _mean_square(self, values: Tensor) -> Floats:
+        """By group; in units of the maximum, as squares leave the range of float32 early."""
+        unit = np.where(self._max_abs > 0, self._max_abs, 1.0)
+        squares = (values / self._per_group(unit).float()[:, None]).square()
+        mean: Floats = self._sums(squares)[0] / self.count() * unit**2
+        return mean
 
     def _sums(self, *terms: Tensor) -> list[Floats]:
         """Sums by group, which leave the device together."""

@@ -92,7 +92,7 @@ class _FakeQuantize(torch.autograd.Function):
         grid = Grid(bits, narrow)
         ctx.save_for_backward(x, threshold, signed)
         ctx.axis, ctx.estimator = axis, estimator
-        scale = along_tensor(scale_of(threshold, grid.steps(signed)), x.ndim, axis)
+        scale = along_tensor(scale_of(threshold, grid, signed), x.ndim, axis)
         return apply_scale(x.float(), scale, grid, signed).to(x.dtype)
 
     @staticmethod
@@ -129,7 +129,7 @@ class _LearnedThreshold(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, threshold: Tensor, signed: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x, threshold, signed)
         grid = Grid(bits)
-        scale = scale_of(threshold.float().abs(), grid.steps(signed)).reshape(())
+        scale = scale_of(threshold.float().abs(), grid, signed).reshape(())
         return apply_scale(x.float(), scale, grid, signed).to(x.dtype)
 
     @staticmethod
@@ -159,8 +159,8 @@ class _LearnedScale(torch.autograd.Function):
         ctx.save_for_backward(x, scale, signed)
         grid = Grid(bits, narrow)
         ctx.grid, ctx.axis = grid, axis
-        delta = along_tensor(learned_scale(scale), x.ndim, axis)
-        return apply_scale(x.float(), delta, grid, signed).to(x.dtype)
+        divisor = along_tensor(learned_scale(scale), x.ndim, axis)
+        return apply_scale(x.float(), divisor, grid, signed).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Gradients:
@@ -175,7 +175,7 @@ class _LearnedScale(torch.autograd.Function):
             total = slope.sum().reshape(scale.shape)
         else:
             total = slope.sum([n for n in range(x.ndim) if n != axis])
-        damping = (grid.steps(signed) * (x.numel() // scale.numel())).rsqrt()
+        damping = (grid.steps(signed) * max(x.numel() // scale.numel(), 1)).rsqrt()
         slopes = (total * damping * _sign(scale)).to(scale.dtype)
         passed = torch.where(inside, upstream, 0.0).to(x.dtype)
         return passed, slopes, None, None, None, None

@@ -4,11 +4,12 @@ after calibration."""
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from torch.utils import _pytree as pytree
 from calib.arrays import Batch
 from calib.capture import Session
 from calib.comparison import Difference
-from calib.errors import ModelError, TrainingError, VerificationError, one_line
+from calib.errors import CalibError, ModelError, TrainingError, VerificationError, one_line
 from calib.files import whole_file, writing
 from calib.graph import Model, load_model
 from calib.qat.grid import to_groups
+from calib.qat.hooks import prepared_layers, restore
 from calib.qat.marking import Places, mark, resolve_marks
-from calib.qat.preparing import call, prepared_layers, quantizers
+from calib.qat.preparing import call, quantizers, unwrapped
 from calib.qat.quantizer import Quantizer
 from calib.qat.recording import FrozenWeight, Trained, trained_table
 from calib.report.document import versions
@@ -103,34 +105,34 @@ def export(
         with whole_file(target) as temporary, writing(target):
             written = quantized.write(temporary)
             verify(loaded, written, temporary, batch)
-            sqnr_db = _check_outputs(loaded, temporary, batch, expected)
+            sqnr_db = _compare_outputs(loaded, temporary, batch, expected)
     return Exported(target, quantized.table, sqnr_db, (*notes, *loaded.notes, *quantized.notes))
 
 
 def _frozen(model: nn.Module) -> tuple[nn.Module, Trained]:
     """A copy on the CPU in evaluation mode, its weights on their grids, each layer's its own."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
     quantizers(model)
-    frozen = copy.deepcopy(model).cpu().eval()
+    frozen = copy.deepcopy(unwrapped(model)).cpu().eval()
     for name, parameter in frozen.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise TrainingError(
                 f"{name} is {parameter.dtype}, only float32 models can be exported: "
                 f"model.float() makes it one"
             )
+    found = quantizers(frozen)
+    for name, quantizer in found.items():  # marks need names that are the model's own
+        quantizer.settings = replace(quantizer.settings, name=name)
     weights = {}
     with torch.no_grad():
         for _, layer, folder in prepared_layers(frozen):
-            quantizer = folder._modules.get("weight")
-            if isinstance(quantizer, Quantizer):
-                name, weight = quantizer.settings.name, layer.get_parameter("weight")
-                layer.weight = nn.Parameter(quantizer(weight), requires_grad=False)
-                weights[name] = _frozen_weight(quantizer, weight, layer.weight)
-    found = quantizers(frozen)
+            restore(layer)
+            its = folder._modules.get("weight")
+            if isinstance(its, Quantizer):
+                name, weight = its.settings.name, layer.get_parameter("weight")
+                layer.weight = nn.Parameter(its(weight), requires_grad=False)
+                weights[name] = _frozen_weight(its, weight, layer.weight)
     for quantizer in found.values():
-        if not quantizer.observed:
+        if not quantizer.n_seen:
             quantizer.marker = _unseen
     return frozen, Trained(found, weights)
 
@@ -149,8 +151,15 @@ def _unseen(_x: Tensor, name: str) -> Tensor:
 
 
 def _outputs(model: nn.Module, inputs: object) -> list[NDArray[Any]]:
-    with torch.no_grad():
-        outputs = pytree.tree_leaves(call(model, inputs))
+    try:
+        with torch.no_grad():
+            outputs = pytree.tree_leaves(call(model, inputs))
+    except CalibError:
+        raise
+    except Exception as error:  # whatever the user's code and torch raise
+        raise TrainingError(
+            f"the model fails on the example inputs: {type(error).__name__}: {one_line(error)}"
+        ) from error
     return [o.numpy() for o in outputs if isinstance(o, Tensor)]
 
 
@@ -164,7 +173,7 @@ def _traced(
     attempts: list[tuple[object, Any, tuple[str, ...]]] = [(inputs, shapes, ())]
     if shapes is None:
         fixed = ("the batch is fixed, as the model's code depends on its size",)
-        attempts = [(_doubled(inputs), _free_batch(inputs), ()), (inputs, None, fixed)]
+        attempts = [(inputs, _free_batch(model, inputs), ()), (inputs, None, fixed)]
     failure: Exception | None = None
     for example, attempt, notes in attempts:
         try:
@@ -176,6 +185,8 @@ def _traced(
 
 
 def _program(model: nn.Module, example: object, shapes: Any, names: Sequence[Any]) -> ir.Model:
+    # Tracing leaves marks of its own on the tensors that it was given.
+    example = pytree.tree_map_only(Tensor, torch.clone, example)
     keywords = isinstance(example, Mapping)
     logger = logging.getLogger("torch.onnx._internal.exporter")
     level = logger.level
@@ -203,25 +214,14 @@ def _tuple(example: object) -> tuple[Any, ...]:
     return tuple(example) if isinstance(example, tuple | list) else (example,)
 
 
-def _free_batch(inputs: object) -> Any:
+def _free_batch(model: nn.Module, inputs: object) -> Any:
     """For `torch.onnx.export`: the first axis of every tensor is free."""
-    free = pytree.tree_map(
-        lambda leaf: {0: "batch"} if isinstance(leaf, Tensor) and leaf.ndim else None,
-        inputs if isinstance(inputs, Mapping) else _tuple(inputs),
+    keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args = () if keywords else _tuple(inputs)
+    bound = inspect.signature(model.forward).bind(*args, **keywords).arguments
+    return pytree.tree_map(
+        lambda leaf: {0: "batch"} if isinstance(leaf, Tensor) and leaf.ndim else None, dict(bound)
     )
-    return dict(free) if isinstance(free, Mapping) else free
-
-
-def _doubled(inputs: object) -> Any:
-    """A batch of one taken twice: tracing takes a size of 1 for a constant."""
-    rows = {
-        leaf.shape[0]
-        for leaf in pytree.tree_leaves(inputs)
-        if isinstance(leaf, Tensor) and leaf.ndim
-    }
-    if rows != {1}:
-        return inputs
-    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, inputs)
 
 
 def _load(program: ir.Model, trained: Trained, file: Path) -> tuple[Model, Places]:
@@ -230,12 +230,23 @@ def _load(program: ir.Model, trained: Trained, file: Path) -> tuple[Model, Place
         for name, q in trained.quantizers.items()
     }
     places = resolve_marks(program, parameters)
+    _remove_traces(program)
     external = f"{file.name}.data" if constant_bytes(program) > _MOST_INLINE else None
     ir.save(program, file, external_data=external)
     try:
         return load_model(file), places
     except ModelError as error:
         raise TrainingError(f"the exported graph is not valid: {error}") from error
+
+
+def _remove_traces(program: ir.Model) -> None:
+    """Takes out what the exporter tells of the user's source files."""
+    graph = program.graph
+    things = [program, graph, *graph, *graph.inputs, *graph.initializers.values()]
+    things.extend(value for node in graph for value in node.outputs)
+    for thing in things:
+        for key in [k for k in thing.metadata_props if k.startswith("pkg.torch")]:
+            del thing.metadata_props[key]
 
 
 def _feed(model: Model, inputs: object) -> dict[str, NDArray[Any]]:
@@ -261,7 +272,7 @@ def _manifest(model: Model, trained: Trained) -> dict[str, Any]:
     }
 
 
-def _check_outputs(
+def _compare_outputs(
     model: Model, path: Path, batch: Batch, expected: Sequence[NDArray[Any]]
 ) -> float:
     """SQNR of the written model against the prepared one.

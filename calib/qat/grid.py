@@ -8,10 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from calib.qtypes import WIDTHS, QuantType
+from calib.quantize import scale_from_threshold
+
 SMALLEST_SCALE = 2.0**-126  # as in calib.quantize
+
+
+def _largest_scale(bits: int, *, signed: bool, narrow: bool) -> float:
+    """The largest scale at which every integer is finite, as a plain number: nothing of NumPy may
+    stand in what torch compiles."""
+    qtype = QuantType(bits, signed, narrow)
+    return float(scale_from_threshold(np.array(np.finfo(np.float64).max), qtype))
+
+
+_LARGEST_SCALES = {
+    (bits, narrow): (
+        _largest_scale(bits, signed=True, narrow=narrow),
+        _largest_scale(bits, signed=False, narrow=False),
+    )
+    for bits in WIDTHS
+    for narrow in (False, True)
+}
 
 
 @dataclass(frozen=True)
@@ -36,9 +57,11 @@ class Grid:
         return torch.where(signed, float(-(1 << (self.bits - 1)) + self.narrow), 0.0)
 
 
-def scale_of(threshold: Tensor, steps: Tensor) -> Tensor:
-    """``threshold / steps``, at least the smallest normal number: float32, same shape."""
-    return (threshold / steps).clamp(min=SMALLEST_SCALE)
+def scale_of(threshold: Tensor, grid: Grid, signed: Tensor) -> Tensor:
+    """``threshold / steps`` within the bounds of `calib.quantize.scale_from_threshold`: float32,
+    same shape."""
+    largest = torch.where(signed, *_LARGEST_SCALES[grid.bits, grid.narrow])
+    return (threshold / grid.steps(signed)).clamp(min=SMALLEST_SCALE).minimum(largest)
 
 
 def apply_scale(x: Tensor, scale: Tensor, grid: Grid, signed: Tensor) -> Tensor:

@@ -68,7 +68,22 @@ def resolve_marks(model: ir.Model, parameters: Mapping[str, Hashable]) -> Places
             output.replace_all_uses_with(replacement, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)
     model.opset_imports.pop(DOMAIN, None)
+    _keep_grouped_apart(model)
     return places
+
+
+def _keep_grouped_apart(model: ir.Model) -> None:
+    """Puts an Identity behind each ConvTranspose with groups, whose channels of one scale lie in
+    several of them: a BatchNormalization must not be folded into it."""
+    for node in list(model.graph):
+        if node.op_type == "ConvTranspose" and node.attributes.get_int("group", 1) > 1:
+            output = node.outputs[0]
+            kept = ir.Value(name=f"{output.name}_kept", type=output.type, shape=output.shape)
+            output.replace_all_uses_with(kept, replace_graph_outputs=True)
+            name = f"{node.name}_kept"
+            model.graph.insert_after(
+                node, ir.Node("", "Identity", [output], outputs=[kept], name=name)
+            )
 
 
 def _readers(value: ir.Value, name: str) -> list[tuple[str, int]]:

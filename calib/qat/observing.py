@@ -66,7 +66,9 @@ class _Spec:
 
 
 @torch.library.custom_op(
-    "octav_calibrate::observe", mutates_args=("stored", "signed", "n_seen", "pool")
+    "octav_calibrate::observe",
+    mutates_args=("stored", "signed", "n_seen", "pool"),
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def observe(
     x: Tensor,
@@ -97,14 +99,16 @@ def observe(
         name: of the tensor, for errors.
 
     Raises:
-        TrainingError: if ``x`` holds NaN or infinity; on all ranks of a distributed run.
+        TrainingError: if ``x`` holds NaN or infinity; while thresholds are found on all ranks of a
+            distributed run.
     """
     state = _State(stored, signed, n_seen, pool)
     spec = _Spec(calibrator, bits, axis, batches, name)
-    if x.numel() == 0:
+    if x.numel() == 0 and (spec.is_weight or batches == ALONE):
         return stored.clone()
     if 0 < batches <= int(n_seen):
-        _check_finite(TensorSamples(to_groups(x, None)), name)
+        if x.numel():
+            _check_finite(TensorSamples(to_groups(x, None)), name)
         return stored.clone()
     if batches == ALONE:
         warnings.warn(
@@ -132,11 +136,13 @@ def _observe_weight(x: Tensor, state: _State, spec: _Spec) -> Tensor:
 
 
 def _observe_input(x: Tensor, state: _State, spec: _Spec) -> Tensor:
+    # Without values no group: a rank with an empty batch still has to hear of the others'.
+    dist = TensorSamples(to_groups(x, None) if x.numel() else x.reshape(0, 1))
     if state.pool.numel():
-        _count(x, state.pool)
-        dist = _pooled(state.pool)
-    else:
-        dist = TensorSamples(to_groups(x, None))
+        finite = x.numel() > 0 and bool(np.isfinite(dist.max_abs()).all())
+        _count(x if finite else x.reshape(-1)[:0], state.pool)
+        if finite or not x.numel():
+            dist = _pooled(state.pool)
     was_signed = bool(state.signed)
     threshold, negative = _agree(dist, state, spec, signed=was_signed)
     if negative and not was_signed:
@@ -160,11 +166,11 @@ def _agree(
     dist: TensorSamples, state: _State, spec: _Spec, *, signed: bool
 ) -> tuple[float | None, bool]:
     """The mean threshold over ranks that have one, and whether any saw a negative value."""
-    largest = float(dist.max_abs()[0])
+    largest = float(dist.max_abs()[0]) if dist.groups else 0.0
     finite, known = bool(np.isfinite(largest)), bool(np.isfinite(largest) and largest > 0)
     threshold = float(_solve(dist, state, spec, signed=signed)[0]) if known else 0.0
-    facts = [threshold, known, finite and dist.has_negative, not finite]
-    if distributed.is_available() and distributed.is_initialized():
+    facts = [threshold, known, known and dist.has_negative, not finite]
+    if spec.batches != ALONE and _distributed():
         shared = torch.tensor(facts, dtype=torch.float64, device=state.stored.device)
         distributed.all_reduce(shared)
         facts = shared.tolist()
@@ -177,7 +183,7 @@ def _agree(
 def _solve(dist: TensorSamples, state: _State, spec: _Spec, *, signed: bool) -> Floats:
     calibrator, warm = _made(spec.calibrator)
     qtype = _qtype(spec.bits, signed, spec.is_weight)
-    if warm is not None and int(state.n_seen):
+    if warm is not None and spec.batches == 0 and int(state.n_seen):
         start = state.stored.double().cpu().numpy()
         calibrator = partial(_refined, warm, start)
     return thresholds(calibrator, dist, qtype)[0]
@@ -190,21 +196,34 @@ def _refined(
 
 
 def _count(x: Tensor, pool: Tensor) -> None:
-    """Adds the values of ``x`` to ``pool`` by their bfloat16, as `calib.counter` does."""
+    """Adds the values of ``x``, on all ranks, to ``pool`` by their bfloat16, as `calib.counter`
+    does."""
     values = x.detach().float().reshape(-1)
     codes = ((values.view(torch.int32) + 0x8000) >> 16) & 0xFFFF
-    pool[:-2] += torch.bincount(codes, minlength=POOL_SIZE - 2)
-    low, high = values.aminmax()
-    pool[-2], pool[-1] = torch.minimum(pool[-2], low), torch.maximum(pool[-1], high)
+    counts = torch.bincount(codes, minlength=POOL_SIZE - 2).to(pool.dtype)
+    low, high = values.aminmax() if values.numel() else (pool[-2], pool[-1])
+    extremes = torch.stack([-low, high]).to(pool.dtype)
+    if _distributed():
+        distributed.all_reduce(counts)
+        distributed.all_reduce(extremes, distributed.ReduceOp.MAX)
+    pool[:-2] += counts
+    pool[-2] = torch.minimum(pool[-2], -extremes[0])
+    pool[-1] = torch.maximum(pool[-1], extremes[1])
+
+
+def _distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _pooled(pool: Tensor) -> TensorSamples:
     codes = pool[:-2].nonzero()[:, 0]
+    if not codes.numel():
+        return TensorSamples(pool.new_zeros(0, 1))
     values = (codes << 16).to(torch.int32).view(torch.float32)
-    if not values.isfinite().all():
-        return TensorSamples(values[None])
     low, high = pool[-2].float(), pool[-1].float()
-    return TensorSamples(values.clamp(low, high)[None], pool[codes])
+    values = values.clamp(low, high)
+    values[values.argmin()], values[values.argmax()] = low, high  # a bin's centre lies within
+    return TensorSamples(values[None], pool[codes])
 
 
 def _check_finite(dist: TensorSamples, name: str) -> None:

@@ -1,14 +1,10 @@
-"""Attach quantizers to the layers of a PyTorch model by hooks, and take them off again.
-
-A layer keeps its class, its parameters and their names. It gains a submodule ``fake_quant`` with
-its quantizers, and two hooks: one that quantizes its input, and its weight for the time of the
-call, and one that puts the weight back.
-"""
+"""Choose the layers of a PyTorch model and how each is quantized; calibrate them; undo it all."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -18,35 +14,21 @@ from torch.nn.utils import parametrize
 from calib.errors import OptionError, TrainingError
 from calib.graph import Kind
 from calib.qat.estimators import LEARNED
+from calib.qat.hooks import OPERANDS, attach, detach, prepared_layers
 from calib.qat.modules import MatMul
 from calib.qat.quantizer import Quantizer, TensorSettings
 from calib.qat.settings import LayerRule, Recipe
+from calib.qtypes import check_width
 from calib.rules import Reduction, Widths
 
 _LOG = logging.getLogger(__name__)
-
-FOLDER = "fake_quant"
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WEIGHTED = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 _UNSUPPORTED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
-_OPERANDS = ("first", "second")
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class FakeQuant(nn.Module):
-    """The quantizers of one layer: ``weight`` and ``activation``, or the operands of a `MatMul`.
-
-    ``handles`` are those of the hooks.
-    """
-
-    def __init__(self, quantizers: Mapping[str, Quantizer]) -> None:
-        super().__init__()
-        self.handles: tuple[Any, ...] = ()
-        for name, quantizer in quantizers.items():
-            self.add_module(name, quantizer)
 
 
 def prepare(
@@ -85,10 +67,12 @@ def prepare(
     Raises:
         OptionError, CalibratorError: for a setting that is unknown or out of bounds, a rule that
             matches nothing.
-        TrainingError: if the model is prepared already, has no layer to quantize, or one whose
-            shape is not known yet.
+        TrainingError: if the model is prepared already, is in DistributedDataParallel, has no
+            layer to quantize, or one whose shape is not known yet.
     """
-    widths = bits if isinstance(bits, Widths) else Widths(bits, bits)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TrainingError("prepare the model before DistributedDataParallel wraps it")
+    widths = bits if isinstance(bits, Widths) else Widths(check_width(bits, "bits"), bits)
     if edge_bits is not None:
         widths = Widths(widths.weights, widths.activations, edge_bits)
     recipe = Recipe(
@@ -96,7 +80,7 @@ def prepare(
     )
     if any(True for _ in prepared_layers(model)):
         raise TrainingError("the model is prepared already: calib.qat.remove(model) undoes that")
-    layers, others = _find(model)
+    layers, others = _find(unwrapped(model))
     recipe.check_layers([*layers, *others])
     weighted = [name for name, layer in layers.items() if not isinstance(layer, MatMul)]
     edges = {*weighted[:1], *weighted[-1:]}
@@ -109,9 +93,10 @@ def prepare(
         raise _nothing(layers, others)
     for name, its_quantizers in found.items():
         if its_quantizers:
-            _attach(layers[name], its_quantizers, device)
+            attach(layers[name], its_quantizers, device)
     for name, reason in others.items():
         _LOG.warning("%s stays float: %s", name, reason)
+    _forget_compiled()
     return model
 
 
@@ -125,9 +110,8 @@ def remove(model: Model) -> Model:
     if not layers:
         raise not_prepared()
     for _, layer, quantizers in layers:
-        for handle in quantizers.handles:
-            handle.remove()
-        delattr(layer, FOLDER)
+        detach(layer, quantizers)
+    _forget_compiled()
     return model
 
 
@@ -137,11 +121,14 @@ def calibrate(model: Model, batches: Iterable[object]) -> Model:
     Args:
         model: prepared; runs in evaluation mode, without gradients.
         batches: what it is called with: a tensor, a tuple of arguments or a dictionary of keyword
-            arguments each. Static calibration is over after as many as it takes.
+            arguments each. Static calibration is over after as many as it takes. In a distributed
+            run, all ranks must do this, with as many batches each.
 
     Raises:
         TrainingError: if the model is not prepared, there is no batch, or a value is not finite.
     """
+    if isinstance(batches, Tensor):
+        raise OptionError("calibrate takes batches, and was given one tensor: put it into a list")
     found = quantizers(model)
     modes = {module: module.training for module in model.modules()}
     n_batches = 0
@@ -168,22 +155,14 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
         TrainingError: if the model is not prepared.
     """
     found = {
-        quantizer.settings.name: quantizer
-        for _, _, folder in prepared_layers(model)
-        for quantizer in folder.children()
+        f"{name}.{part}".lstrip("."): quantizer
+        for name, _, folder in prepared_layers(model)
+        for part, quantizer in folder.named_children()
         if isinstance(quantizer, Quantizer)
     }
     if not found:
         raise not_prepared()
     return found
-
-
-def prepared_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, FakeQuant]]:
-    """Name, layer and quantizers of all prepared layers."""
-    for name, module in model.named_modules():
-        folder = module._modules.get(FOLDER)
-        if isinstance(folder, FakeQuant):
-            yield name, module, folder
 
 
 def not_prepared() -> TrainingError:
@@ -196,6 +175,18 @@ def call(model: nn.Module, batch: object) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model inside what `torch.compile` or DistributedDataParallel made of it."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _forget_compiled() -> None:
+    """What was compiled does not look whether a layer has hooks by now."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _find(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -248,7 +239,7 @@ def _quantizers_of(
     """The quantizers of a layer by part, without those that a rule leaves out."""
     kinds: dict[str, Kind] = {"activation": "activation", "weight": "weight"}
     if isinstance(layer, MatMul):
-        kinds = dict.fromkeys(_OPERANDS, "activation")
+        kinds = dict.fromkeys(OPERANDS, "activation")
     found = {}
     for part, kind in kinds.items():
         if not recipe.rule_for(name, kind).skip:
@@ -257,20 +248,6 @@ def _quantizers_of(
             groups = 1 if axis is None else layer.get_parameter("weight").shape[axis]
             found[part] = Quantizer(settings, groups)
     return found
-
-
-def _attach(
-    layer: nn.Module, its_quantizers: Mapping[str, Quantizer], device: torch.device
-) -> None:
-    folder = FakeQuant(its_quantizers)
-    folder.to(next((p.device for p in layer.parameters()), device))
-    folder.train(layer.training)
-    layer.add_module(FOLDER, folder)
-    before = _before_product if isinstance(layer, MatMul) else _before_layer
-    folder.handles = (
-        layer.register_forward_pre_hook(before, with_kwargs=True),
-        layer.register_forward_hook(_after, always_call=True),
-    )
 
 
 def _settings(
@@ -298,38 +275,3 @@ def _settings(
         pooled=static and kind == "activation" and batches > 1 and recipe.reduction.name == "pool",
         gradient=gradient,
     )
-
-
-# --- hooks: functions of modules, so that deepcopy and torch.save take them along --------------
-
-
-def _before_layer(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    found = layer._modules[FOLDER]._modules  # type: ignore[union-attr]
-    quantize_input, quantize_weight = found.get("activation"), found.get("weight")
-    if quantize_input is not None:
-        if args:
-            args = (quantize_input(args[0]), *args[1:])
-        else:
-            kwargs = {**kwargs, "input": quantize_input(kwargs["input"])}
-    if quantize_weight is not None:
-        # Found before the parameter, which stays where it is.
-        layer.__dict__["weight"] = quantize_weight(layer._parameters["weight"])
-    return args, kwargs
-
-
-def _before_product(
-    product: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    found = product._modules[FOLDER]._modules  # type: ignore[union-attr]
-    first, second = (*args, *(kwargs[name] for name in ("a", "b") if name in kwargs))
-    operands: list[Tensor] = []
-    for name, operand in zip(_OPERANDS, (first, second), strict=True):
-        quantizer = found.get(name)
-        operands.append(operand if quantizer is None else quantizer(operand))
-    return tuple(operands), {}
-
-
-def _after(layer: nn.Module, _args: object, _output: object) -> None:
-    layer.__dict__.pop("weight", None)

@@ -80,14 +80,15 @@ class Quantizer(nn.Module):
         super().__init__()
         self.settings = settings
         self.observed = False  # n_seen > 0, without waiting for a GPU
+        self.recent: tuple[Tensor, Tensor] | None = None
         self.marker: Callable[[Tensor, str], Tensor] | None = None
-        self.register_buffer("threshold", torch.ones(groups))
+        self.register_buffer("threshold", torch.ones(groups, dtype=torch.float32))
         self.register_buffer("signed", torch.tensor(settings.is_weight))
         self.register_buffer("n_seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("pool", torch.zeros(0), persistent=False)
         self.reset()
         if settings.gradient in LEARNED:
-            self.learned = nn.Parameter(torch.ones(groups))
+            self.learned = nn.Parameter(torch.ones(groups, dtype=torch.float32))
 
     @property
     def grid(self) -> Grid:
@@ -110,16 +111,21 @@ class Quantizer(nn.Module):
 
     def reset(self) -> None:
         """Forgets what it has seen."""
-        self.observed = False
+        self.observed, self.recent = False, None
         self.n_seen.zero_()
+        self.signed.fill_(self.settings.is_weight)
         if self.settings.pooled:
             self.pool = torch.zeros(POOL_SIZE, dtype=torch.float64, device=self.n_seen.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` quantized and dequantized: same shape and dtype."""
+        if x.is_nested:  # what torch makes of padded sequences in evaluation
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()])
         s = self.settings
         if self.marker is not None:
             return self.marker(x, s.name)
+        if not self.observed and not torch.compiler.is_compiling():
+            self.observed = bool(self.n_seen > 0)  # buffers may come from another model, or rank
         was_observed = self.observed
         threshold, signed = self._threshold(x)
         if s.gradient in LEARNED and self.observed:
@@ -135,9 +141,14 @@ class Quantizer(nn.Module):
         """Threshold and sign for ``x``: of this step in training, otherwise what is stored; copies,
         as backward needs them and a shared layer moves on before."""
         if self.training or (self.settings.is_weight and not self.observed):
+            if self.recent is not None and _recomputing():
+                return self.recent
             threshold = self._observe(x, self._state(), self.settings.batches)
-            self.observed = True
-            return threshold, self.signed.clone()
+            if not self.observed:  # of nothing but zeros nothing is known yet
+                self.observed = torch.compiler.is_compiling() or bool(self.n_seen > 0)
+            signed = self.signed.clone()
+            self.recent = None if torch.compiler.is_compiling() else (threshold, signed)
+            return threshold, signed
         if self.observed:
             return self.threshold.clone(), self.signed.clone()
         state = [buffer.clone() for buffer in self._state()]
@@ -197,3 +208,11 @@ class Quantizer(nn.Module):
         s = self.settings
         mode = f"static over {s.batches} batches" if s.batches else "dynamic"
         return f"{s.bits} bits, {s.granularity}, {s.calibrator}, {mode}, {s.gradient}"
+
+
+def _recomputing() -> bool:
+    """Whether gradient checkpointing runs a layer again, in backward: the threshold is that of the
+    first time."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)

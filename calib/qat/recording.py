@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from calib.arrays import Batch
-from calib.distribution import Floats, Histogram
+from calib.distribution import Distribution, Floats, Histogram, Samples
 from calib.errors import VerificationError
 from calib.granularity import PerTensor, along_tensor, to_groups
 from calib.graph import Model, Skipped, Use, quantizable_uses
@@ -68,16 +68,19 @@ def trained_table(model: Model, places: Places, trained: Trained, batch: Batch) 
             left_out.append(Skipped(f"{use.tensor} of {use.node}", "not quantized in training"))
         else:
             chosen.setdefault(use.tensor, (trained.quantizers[name], []))[1].append(use)
-    activations = [name for name, (q, _) in chosen.items() if not q.settings.is_weight]
+    activations = [name for name, (_, its) in chosen.items() if its[0].kind == "activation"]
     seen = observe(model, [batch], activations)
     records = []
     for tensor, (quantizer, its_uses) in chosen.items():
         if quantizer.settings.is_weight:
             frozen = trained.weights[quantizer.settings.name]
             records.append(_weight(model, quantizer, frozen, its_uses))
+        elif its_uses[0].kind == "weight":  # a parameter that a `calib.qat.MatMul` reads
+            samples = Samples(to_groups(model.weight(tensor), PerTensor()))
+            records.append(_operand(samples, quantizer, its_uses))
         else:
-            dist = Histogram(seen.counters[tensor])
-            records.append(_activation(dist, quantizer, its_uses))
+            histogram = Histogram(seen.counters[tensor])
+            records.append(_operand(histogram, quantizer, its_uses))
     return CalibrationTable(model.sha256, batch.n_samples, tuple(records), (*left_out, *skipped))
 
 
@@ -89,7 +92,8 @@ def _name(node: Any, use: Use, places: Places) -> str | None:
     return None
 
 
-def _activation(dist: Histogram, quantizer: Quantizer, uses: Sequence[Use]) -> TensorRecord:
+def _operand(dist: Distribution, quantizer: Quantizer, uses: Sequence[Use]) -> TensorRecord:
+    """With one threshold, from an activation's quantizer."""
     threshold = quantizer.current().double().numpy()
     qtype = quantizer.qtype
     signal = float(dist.rms()[0]) ** 2
@@ -144,7 +148,7 @@ def _spec(quantizer: Quantizer, uses: Sequence[Use]) -> TensorSpec:
     learned = settings.gradient in LEARNED
     return TensorSpec(
         uses[0].tensor,
-        settings.kind,
+        uses[0].kind,
         settings.bits,
         uses[0].granularity if settings.is_weight else PerTensor(),
         consumers=tuple(dict.fromkeys(use.node for use in uses)),

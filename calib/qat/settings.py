@@ -30,7 +30,7 @@ class LayerRule:
         calibrator: theirs.
         mode: dynamic or static.
         gradient: their estimator.
-        skip: keep the layers float.
+        skip: keep the layers, or their tensors of that kind, float.
 
     Raises:
         OptionError, CalibratorError: for a setting that is unknown, out of bounds, or pointless.
@@ -59,9 +59,9 @@ class LayerRule:
             _check_choice("mode", self.mode, MODES)
         if self.gradient is not None:
             _check_choice("gradient", self.gradient, GRADIENTS)
-        given = [n for n in ("kind", "bits", "calibrator", "mode", "gradient") if self._has(n)]
+        given = [n for n in ("bits", "calibrator", "mode", "gradient") if self._has(n)]
         if self.skip and given:
-            raise OptionError(f"skip keeps layers float, {given[0]} has no meaning then")
+            raise OptionError(f"skip keeps tensors float, {given[0]} has no meaning then")
 
     def _has(self, name: str) -> bool:
         return getattr(self, name) is not None
@@ -87,9 +87,16 @@ class Recipe:
     reduction: Reduction = field(default_factory=lambda: Reduction("mean"))
 
     def __post_init__(self) -> None:
+        if not isinstance(self.calibrator, str):
+            raise OptionError(f"calibrator must be a name such as 'octav', got {self.calibrator!r}")
         make(self.calibrator)
         _check_choice("mode", self.mode, MODES)
         _check_choice("gradient", self.gradient, GRADIENTS)
+        if not isinstance(self.reduction, Reduction):
+            raise OptionError(f"reduction must be a calib.Reduction, got {self.reduction!r}")
+        for rule in self.rules:
+            if not isinstance(rule, LayerRule):
+                raise OptionError(f"rules must be a list of calib.qat.LayerRule, got {rule!r}")
 
     def rule_for(self, layer: str, kind: Kind) -> LayerRule:
         """The first rule that is about it, or one that says nothing."""
