@@ -173,7 +173,7 @@ def _traced(
     attempts: list[tuple[object, Any, tuple[str, ...]]] = [(inputs, shapes, ())]
     if shapes is None:
         fixed = ("the batch is fixed, as the model's code depends on its size",)
-        attempts = [(inputs, _free_batch(model, inputs), ()), (inputs, None, fixed)]
+        attempts = [(_doubled(inputs), _free_batch(model, inputs), ()), (inputs, None, fixed)]
     failure: Exception | None = None
     for example, attempt, notes in attempts:
         try:
@@ -222,6 +222,15 @@ def _free_batch(model: nn.Module, inputs: object) -> Any:
     return pytree.tree_map(
         lambda leaf: {0: "batch"} if isinstance(leaf, Tensor) and leaf.ndim else None, dict(bound)
     )
+
+
+def _doubled(inputs: object) -> Any:
+    """A batch of one taken twice, so that code that only works for one is not taken to work for
+    all."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim]
+    if any(len(tensor) != 1 for tensor in tensors):
+        return inputs
+    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, inputs)
 
 
 def _load(program: ir.Model, trained: Trained, file: Path) -> tuple[Model, Places]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from calib.calibrators import Calibrator, WarmStarting, make, thresholds
 from calib.distribution import Distribution, Floats
@@ -170,9 +172,10 @@ def _agree(
     finite, known = bool(np.isfinite(largest)), bool(np.isfinite(largest) and largest > 0)
     threshold = float(_solve(dist, state, spec, signed=signed)[0]) if known else 0.0
     facts = [threshold, known, known and dist.has_negative, not finite]
-    if spec.batches != ALONE and _distributed():
+    ranks = _ranks()
+    if spec.batches != ALONE and ranks is not None:
         shared = torch.tensor(facts, dtype=torch.float64, device=state.stored.device)
-        distributed.all_reduce(shared)
+        distributed.all_reduce(shared, group=ranks)
         facts = shared.tolist()
     total, n_known, negative, broken = facts
     if broken:
@@ -203,16 +206,20 @@ def _count(x: Tensor, pool: Tensor) -> None:
     counts = torch.bincount(codes, minlength=POOL_SIZE - 2).to(pool.dtype)
     low, high = values.aminmax() if values.numel() else (pool[-2], pool[-1])
     extremes = torch.stack([-low, high]).to(pool.dtype)
-    if _distributed():
-        distributed.all_reduce(counts)
-        distributed.all_reduce(extremes, distributed.ReduceOp.MAX)
+    ranks = _ranks()
+    if ranks is not None:
+        distributed.all_reduce(counts, group=ranks)
+        distributed.all_reduce(extremes, distributed.ReduceOp.MAX, ranks)
     pool[:-2] += counts
     pool[-2] = torch.minimum(pool[-2], -extremes[0])
     pool[-1] = torch.maximum(pool[-1], extremes[1])
 
 
-def _distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+def _ranks() -> Any:
+    """The process group of the DistributedDataParallel that is running its model; None where none
+    is, as only then do all ranks get here together."""
+    active = DistributedDataParallel._active_ddp_module
+    return None if active is None else active.process_group
 
 
 def _pooled(pool: Tensor) -> TensorSamples:

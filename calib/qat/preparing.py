@@ -121,8 +121,8 @@ def calibrate(model: Model, batches: Iterable[object]) -> Model:
     Args:
         model: prepared; runs in evaluation mode, without gradients.
         batches: what it is called with: a tensor, a tuple of arguments or a dictionary of keyword
-            arguments each. Static calibration is over after as many as it takes. In a distributed
-            run, all ranks must do this, with as many batches each.
+            arguments each. Static calibration is over after as many as it takes. Wrapped in
+            DistributedDataParallel, all ranks do this together, with as many batches each.
 
     Raises:
         TrainingError: if the model is not prepared, there is no batch, or a value is not finite.
