@@ -86,7 +86,6 @@ def stored_weights(path: Path) -> dict[str, tuple[Array, Array]]:
         ("mph", "dynamic", Widths(4, 4, 4)),
         ("lsq", "static", Widths(3, 4, 4)),
         ("pact", "dynamic", Widths(2, 3, 2)),
-        ("ste", "static", Widths(8, 8)),
         ("mad", "dynamic", Widths(16, 16)),
     ],
 )
