@@ -71,7 +71,7 @@ N_EVALUATION = 2_000
 PADDING = 4
 STAGES = ((16, 1), (32, 2), (64, 2))
 EXPORTED_ROW = "octav"
-DEFAULTS = Recipe(epochs=2, batch=128, learning_rate=0.01, bits=4, device=torch.device("cpu"))
+DEFAULTS = Recipe(epochs=2, batch=64, learning_rate=0.003, bits=4, device=torch.device("cpu"))
 ROWS = (
     Row("max", "max"),
     Row("percentile", "percentile:99.9"),

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from calib.distribution import Floats, Tail
-from calib.qat.grid import Grid, apply_scale, scale_of
+from calib.qat.grid import SMALLEST_SCALE, Grid, apply_scale, scale_of
 from calib.qtypes import QuantType
+
+_TINY = 2.0**-60
 
 
 class TensorSamples:
@@ -98,7 +100,7 @@ class TensorSamples:
 
     @cached_property
     def _nonzero(self) -> Tail:
-        return Tail(*self._sums(self._magnitude.sign(), self._magnitude))
+        return Tail(*self._count_and_sum(self._magnitude, 0.0))
 
     def _tail(self, t: Floats) -> list[Floats]:
         """Count and sum of the magnitudes above ``t``: by sums of floats, which torch adds up many
@@ -108,7 +110,19 @@ class TensorSamples:
         else:
             magnitude = self._magnitude
             above = magnitude * (magnitude > self._per_group(t).float()[:, None])
-        return self._sums(above.sign(), above)
+        return self._count_and_sum(above, float(np.min(t)))
+
+    def _count_and_sum(self, magnitude: Tensor, least: float) -> list[Floats]:
+        """Of the values that are not 0, all of them above ``least``.
+
+        Each is cut down to one power of two, so that their sum, which is exact, is their number:
+        clamping takes a third of the time of a sign, and that less than comparing.
+        """
+        unit = 2.0 ** np.floor(np.log2(max(least, SMALLEST_SCALE)))
+        if self._max_abs.max(initial=0.0) < _TINY:  # some may be subnormal, below any such power
+            return self._sums(magnitude.sign(), magnitude)
+        count, total = self._sums(magnitude.clamp(max=unit), magnitude)
+        return [np.rint(count / unit), total]
 
     def _mean_square(self, values: Tensor) -> Floats:
         """By group; in units of the maximum, as squares leave the range of float32 early."""
