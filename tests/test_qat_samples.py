@@ -194,7 +194,7 @@ def test_digits_are_trained_from_scratch(tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (["--batch", "2000"], "--batch 2000 is more than the 1257 training images"),
-        (["--bits", "40"], "weight-bits must be one of"),
+        (["--bits", "40"], "bits must be one of"),
         (["--rows", "octav,best"], "no row 'best'; there are max, octav-static, octav, "),
         (["--lr", "-1"], "--lr: must be above 0, got -1"),
         (["--device", "toaster"], "torch cannot use 'toaster'"),
