@@ -29,7 +29,7 @@ from calib.observations import Observations
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
-N_KILLS = 60
+N_KILLS = 100
 N_COLD_KILLS = 6
 N_SIGNALS = 8
 MAKING_S = 1.1  # a folder that was being made when its process died is left alone for a second
