@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def test_at_8_bits_accuracy_stays_within_half_a_point(calibrated) -> None:  # ty
 
 
 def test_at_4_bits_octav_keeps_accuracy_and_leads_percentile_and_max(
-    model: Model, data: Path
+    calibrated: Callable[[str, int], Calibration], model: Model, data: Path
 ) -> None:
     rivals = ("percentile:99.9", "percentile:99.99", "max")
     candidates = Candidates(bits=(4,), methods=("octav", "mse", *rivals), sensitivity=False)
@@ -134,6 +134,7 @@ def test_at_4_bits_octav_keeps_accuracy_and_leads_percentile_and_max(
         assert row.comparison.top1 is not None
         found[row.method] = row.comparison.top1
     octav = found["octav"].quantized_model
+    assert top1(calibrated("octav", 4)) == (found["octav"].float_model, octav)
     assert octav >= found["octav"].float_model - 2.5
     for rival in rivals:
         assert octav >= found[rival].quantized_model + 1.0, rival

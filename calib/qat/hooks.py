@@ -36,7 +36,6 @@ class FakeQuant(nn.Module):
 
 def attach(layer: nn.Module, its_quantizers: Mapping[str, Quantizer], device: torch.device) -> None:
     """Gives a layer its quantizers, by part, and hooks that call them."""
-    """Gives a layer its quantizers, by part, and hooks that call them."""
     folder = FakeQuant(its_quantizers)
     folder.to(next((p.device for p in layer.parameters()), device))
     folder.train(layer.training)
