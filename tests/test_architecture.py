@@ -20,6 +20,7 @@ FLOW = (
     "qtypes",
     "granularity",
     "quantize",
+    "compiled",
     "counter",
     "counterfile",
     "distribution",
@@ -134,13 +135,14 @@ DOORS = {
     "rich": {"cli._show", "cli._show_check", "cli._show_compare"},
     "yaml": {"calib.yaml_text"},
     "PIL": {"calib.images"},
+    "numba": {"calib.compiled"},
     "plotly": {"calib.report.page"},
     "torch": {f"calib.qat.{name}" for name in TORCH},
 }
 # What a file of ours may import besides: anything else is a new dependency.
 LIGHT = {"calib", "numpy", *sys.stdlib_module_names}
 # None of these is loaded by importing the library, nor by asking the command for help.
-HEAVY = ("onnxruntime", "torch", "onnx", "onnx_ir", "onnxscript", "rich", "yaml", "plotly")
+HEAVY = ("onnxruntime", "torch", "onnx", "onnx_ir", "onnxscript", "rich", "yaml", "plotly", "numba")
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 40

@@ -1,0 +1,83 @@
+"""Kernels compiled by numba where the extra ``fast`` is installed. The only door to numba.
+
+Each has a plain counterpart in NumPy with the same answer. The environment variable
+``OCTAV_CALIBRATE_PLAIN=1`` leaves numba alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cache, cached_property
+from types import FunctionType
+from typing import Any, Generic, ParamSpec, TypeVar
+
+_LOG = logging.getLogger(__name__)
+
+PLAIN = "OCTAV_CALIBRATE_PLAIN"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@cache
+def enabled() -> bool:
+    """Whether kernels are compiled; found out once, when it is first asked."""
+    if os.environ.get(PLAIN, "") not in ("", "0"):
+        return False
+    try:
+        import numba  # noqa: F401, PLC0415 - half a second
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:  # numba refuses a NumPy that is too new for it
+        _LOG.warning("numba cannot be used, NumPy works instead: %s", error)
+        return False
+    return True
+
+
+class Kernel(Generic[P, R]):
+    """A function that is compiled when it is first called; it releases the interpreter lock.
+
+    It may call other kernels of its module. Compiled code is kept in numba's cache, so that a
+    process after the first only loads it.
+    """
+
+    def __init__(self, function: Callable[P, R], *, fastmath: bool):
+        self._function = function
+        self._fastmath = fastmath
+        self.__doc__ = function.__doc__
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._compiled(*args, **kwargs)
+
+    @cached_property
+    def _compiled(self) -> Callable[P, R]:
+        import numba  # noqa: PLC0415
+
+        source = self._function
+        assert isinstance(source, FunctionType)
+        known = dict(source.__globals__)
+        for name in source.__code__.co_names:
+            if isinstance(called := known.get(name), Kernel):
+                known[name] = called._compiled
+        function = FunctionType(source.__code__, known, source.__name__, source.__defaults__)
+        function.__qualname__, function.__module__ = source.__qualname__, source.__module__
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+        options["fastmath"] = self._fastmath
+        compiled: Callable[P, R]
+        try:
+            compiled = numba.njit(function, cache=True, **options)
+        except RuntimeError:  # no folder that can be written to
+            compiled = numba.njit(function, **options)
+        return compiled
+
+
+def kernel(*, fastmath: bool = False) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+    """Marks a function as a `Kernel`. ``fastmath`` lets sums be reordered, and takes for granted
+    that there is no NaN."""
+
+    def mark(function: Callable[P, R]) -> Kernel[P, R]:
+        return Kernel(function, fastmath=fastmath)
+
+    return mark
