@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from calib.graph import load_model as load_model
     from calib.images import Preprocessing as Preprocessing
     from calib.observations import Observations as Observations
-    from calib.observations import observe as observe
+    from calib.observing import observe as observe
     from calib.pipeline import Calibration as Calibration
     from calib.pipeline import calibrate_model as calibrate_model
     from calib.qtypes import QuantType as QuantType
@@ -75,7 +75,7 @@ _HOME = {
     "load_model": "graph",
     "Preprocessing": "images",
     "Observations": "observations",
-    "observe": "observations",
+    "observe": "observing",
     "Calibration": "pipeline",
     "Run": "run",
     "calibrate_model": "pipeline",

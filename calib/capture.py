@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +58,14 @@ class Runtime:
         if not 0 <= self.threads <= _MOST_THREADS:
             raise OptionError(f"threads must be 0 to {_MOST_THREADS}, got {self.threads}")
 
+    @property
+    def cores(self) -> int:
+        """How many threads there may be."""
+        if self.threads:
+            return self.threads
+        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS, not on Windows
+        return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
 
 class Session:
     """A model loaded into onnxruntime.
@@ -85,6 +94,7 @@ class Session:
         feedback: Mapping[str, str] | None = None,
     ):
         runtime = runtime or Runtime()
+        self._run_options = ort.RunOptions()
         self._feedback = dict(feedback or {})
         self._state: dict[str, NDArray[Any]] = {}
         if isinstance(model, Path) and values is not None:
@@ -120,7 +130,7 @@ class Session:
         if not fetched:
             return captured
         try:
-            results = dict(zip(fetched, self._session.run(fetched, feed), strict=True))
+            arrays = self._session.run(fetched, feed, self._run_options)
         except Exception as error:
             shapes = ", ".join(f"{name!r} {list(array.shape)}" for name, array in feed.items())
             started = [name for name in self._feedback if name not in self._state]
@@ -128,10 +138,15 @@ class Session:
             raise ModelError(
                 f"onnxruntime cannot run the model on {shapes}: {_reason(error)}{hint}"
             ) from error
+        results = dict(zip(fetched, arrays, strict=True))
         self._state = {name: results[output] for name, output in self._feedback.items()}
         for name in self._outputs:
             captured.update(_arrays(name, results[name]))
         return captured
+
+    def cancel(self) -> None:
+        """Ends what is under way in other threads at the next node; nothing can be run after."""
+        self._run_options.terminate = True
 
     def _zeros(self, feed: Mapping[str, NDArray[Any]]) -> Values:
         """The first values of inputs that are fed back: axes that share a symbol with an array of

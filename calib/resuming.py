@@ -12,7 +12,8 @@ from calib.counterfile import is_checkpoint
 from calib.errors import ObservationsError, OutputError
 from calib.files import uninterrupted
 from calib.graph import Model, quantizable_uses
-from calib.observations import Observations, Observing, observe
+from calib.observations import Observations
+from calib.observing import Observing, observe
 from calib.report.page import check_available
 from calib.run import Run, Split, check_outputs
 from calib.targets import Plan, Rules

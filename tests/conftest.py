@@ -15,7 +15,7 @@ from calib.arrays import Batch
 from calib.calibration import calibrate
 from calib.capture import version
 from calib.graph import Model, load_model
-from calib.observations import Observing, observe
+from calib.observing import Observing, observe
 from calib.table import CalibrationTable
 from calib.targets import Rules, Widths, make_plan
 

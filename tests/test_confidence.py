@@ -20,7 +20,8 @@ from calib.confidence import ENOUGH_PERCENT, Certainty, Confidence, confidence
 from calib.data import open_data
 from calib.distribution import Samples
 from calib.graph import Model, load_model
-from calib.observations import Observations, Observing, observe
+from calib.observations import Observations
+from calib.observing import Observing, observe
 from calib.qtypes import QuantType
 from calib.targets import Reduction, Rules, make_plan
 

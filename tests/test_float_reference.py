@@ -22,7 +22,7 @@ from calib.capture import Session
 from calib.comparison import Comparison, Scores, evaluate
 from calib.errors import DataError, OutputError, VerificationError
 from calib.graph import Model, load_model
-from calib.observations import observe
+from calib.observing import observe
 from calib.reference import Reference
 from calib.targets import make_plan
 from calib.write import write_qdq

@@ -16,12 +16,14 @@ from models import Feed, parsed, values
 from test_observations import counted, cut, facts, rich
 
 from calib.capture import Session, Values
+from calib.capture import Runtime
 from calib.counter import Counter
 from calib.counterfile import Counters
 from calib.data import Reading, open_data
 from calib.errors import ObservationsError
 from calib.graph import Model, load_model
-from calib.observations import Observations, Observing, observe
+from calib.observations import Observations
+from calib.observing import Observing, observe
 from calib.resuming import observe_split
 from calib.run import Run, Split
 from calib.targets import Rules, make_plan
@@ -136,9 +138,11 @@ def test_what_was_counted_without_halves_is_resumed_without_them(load: Load) -> 
     assert facts(seen.counters["x"]) == facts(counted(rich()["x"]))
 
 
-@pytest.mark.parametrize("halves", [False, True])
-def test_counting_takes_one_set_of_counters_and_with_halves_two(
-    halves: bool, load: Load, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("halves", "threads", "sets"), [(False, 1, 1), (True, 1, 2), (False, 2, 2), (True, 2, 2)]
+)
+def test_counting_takes_one_set_of_counters_and_with_halves_or_two_threads_two(
+    halves: bool, threads: int, sets: int, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Counter] = []
 
@@ -147,13 +151,14 @@ def test_counting_takes_one_set_of_counters_and_with_halves_two(
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr("calib.observations.Counter", Noted)
+    for module in ("observations", "observing"):
+        monkeypatch.setattr(f"calib.{module}.Counter", Noted)
     model, pieces, names = load("gemm_activation"), list(cut(rich(), [5, 11, 18])), ["hidden", "x"]
-    seen = observe(model, pieces, names, Observing(halves=halves))
-    assert len(made) == len(names) * (2 if halves else 1)
+    seen = observe(model, pieces, names, Observing(halves=halves, runtime=Runtime(threads=threads)))
+    assert len(made) == len(names) * sets
     assert "x" in seen.counters
     assert "y" not in seen.counters
-    assert len(made) == len(names) * (2 if halves else 1)
+    assert len(made) == len(names) * sets
     assert facts(seen.counters["x"]) == facts(counted(rich()["x"]))
 
 

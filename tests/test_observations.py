@@ -19,7 +19,8 @@ from calib.arrays import Batch
 from calib.counter import Counter
 from calib.errors import DataError, ModelError, ObservationsError, OutputError
 from calib.graph import Model, quantizable_uses
-from calib.observations import Observations, Observing, observe
+from calib.observations import Observations
+from calib.observing import Observing, observe
 
 ANOTHER_FILE = "not a file that --save-observations wrote: "
 

@@ -18,7 +18,7 @@ from calib.arrays import Batch
 from calib.calibration import calibrate
 from calib.config import Config
 from calib.graph import Model, load_model
-from calib.observations import Observing, observe
+from calib.observing import Observing, observe
 from calib.proposals import Proposal, propose
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths
 from calib.run import Run

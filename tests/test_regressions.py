@@ -15,7 +15,8 @@ from calib import Run, Selection, calibrate_model, load_model
 from calib.arrays import Batch
 from calib.calibration import calibrate
 from calib.errors import ObservationsError
-from calib.observations import Observations, Observing, observe
+from calib.observations import Observations
+from calib.observing import Observing, observe
 from calib.targets import Reduction, Rules, make_plan
 from calib.write import write_qdq
 from cli.calibrate import main

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from calib import Config, Rules, Run, calibrate_model, load_model, make_plan, observe, open_data
 from calib.arrays import Batch
 from calib.errors import DataError, ModelError, ObservationsError, OptionError, OutputError
-from calib.observations import Observing
+from calib.observing import Observing
 from cli.calibrate import main
 
 LAYER = "(float[N,6] x) => (float[N,3] y) <float[6,3] w> { y = MatMul(x, w) }"

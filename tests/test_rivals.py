@@ -21,7 +21,8 @@ from calib.data import open_data
 from calib.distribution import Histogram
 from calib.errors import DataError, ModelError, OptionError
 from calib.graph import Model, load_model
-from calib.observations import Observations, observe
+from calib.observations import Observations
+from calib.observing import observe
 from calib.rivals import RIVALS, Ranges, rival_ranges, rival_table
 from calib.table import CalibrationTable
 from calib.targets import Plan, make_plan

@@ -17,7 +17,7 @@ from calib.calibration import calibrate
 from calib.errors import CalibError, CalibratorError, OptionError
 from calib.granularity import PerChannel, PerTensor
 from calib.graph import Model, load_model, quantizable_uses
-from calib.observations import Observing, observe
+from calib.observing import Observing, observe
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths
 from calib.table import TensorRecord
 from calib.targets import Plan, TensorSpec, make_plan

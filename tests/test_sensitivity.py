@@ -18,7 +18,7 @@ from calib.capture import Session
 from calib.comparison import Totals, evaluate
 from calib.data import Reading, open_data
 from calib.graph import Model, load_model
-from calib.observations import observe
+from calib.observing import observe
 from calib.rules import Rules, TensorRule
 from calib.sensitivity import Sensitivity, sensitivity
 from calib.switchable import Switchable

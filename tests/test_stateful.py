@@ -15,7 +15,7 @@ from calib import Run, calibrate_model, load_model, make_plan, observe
 from calib.arrays import Batch
 from calib.capture import Session
 from calib.errors import OptionError
-from calib.observations import Observing
+from calib.observing import Observing
 from calib.rules import Rules
 
 RUNNING_SUM = """(float[1,6] x, float[1,6] state) => (float[1,3] y, float[1,6] next)

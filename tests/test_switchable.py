@@ -18,7 +18,7 @@ from calib.capture import Session, Values
 from calib.comparison import Difference
 from calib.data import open_data
 from calib.graph import Model, load_model
-from calib.observations import observe
+from calib.observing import observe
 from calib.rules import Rules, Selection, Widths
 from calib.switchable import Switchable
 from calib.table import CalibrationTable, TensorRecord

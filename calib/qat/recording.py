@@ -13,7 +13,7 @@ from calib.distribution import Distribution, Floats, Histogram, Samples
 from calib.errors import VerificationError
 from calib.granularity import PerTensor, along_tensor, to_groups
 from calib.graph import Model, Skipped, Use, quantizable_uses
-from calib.observations import observe
+from calib.observing import observe
 from calib.qat.estimators import LEARNED
 from calib.qat.marking import Places
 from calib.qat.quantizer import Quantizer

@@ -1,0 +1,219 @@
+"""One pass over the calibration data: every activation is counted, nothing kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.arrays import Array, Batch, listed
+from calib.capture import Runtime, Session
+from calib.counter import Counter
+from calib.counterfile import Counters
+from calib.errors import CalibError, DataError, ModelError, OptionError, one_line
+from calib.graph import Model
+from calib.observations import Observations, halved
+from calib.streams import Streams
+
+_STREAMS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Observing:
+    """How a model is observed.
+
+    Args:
+        keep_batches: of that many first batches, counters of their own are kept too.
+        halves: of every other batch, counters of their own are kept too, to tell how much depends
+            on the samples.
+        runtime: provider and threads.
+        padding_mask: input that is 0 where padding stands; of activations whose first axes are the
+            mask's, what stands there is not counted.
+        resumed: what an earlier run has counted; the batches are those behind.
+        checkpoint: called with what is counted so far, every ``checkpoint_seconds``.
+        checkpoint_seconds: at most so much work is lost.
+        max_memory: bytes that the whole process may take; None for no bound. Where it would take
+            more, there is one batch at a time, then parts of batches, then several passes.
+    """
+
+    keep_batches: int = 0
+    runtime: Runtime | None = None
+    padding_mask: str | None = None
+    resumed: Observations | None = None
+    checkpoint: Callable[[Observations], None] | None = None
+    checkpoint_seconds: float = 30.0
+    halves: bool = False
+    max_memory: int | None = None
+
+
+def observe(
+    model: Model,
+    batches: Iterable[Batch],
+    names: Sequence[str],
+    how: Observing | None = None,
+) -> Observations:
+    """Runs every batch once and counts the values of the activations ``names``.
+
+    Two batches are under way at a time, each in a thread that runs the model and then counts: one
+    counts while the other one runs, and each has counters of its own, as counting is exact in any
+    order. With one thread, or inputs that are fed back, there is one batch at a time.
+
+    Raises:
+        DataError: if the data holds NaN or infinity, or there is none.
+        ModelError: if an activation becomes NaN or infinite, or onnxruntime fails.
+        OptionError: if the padding mask is no input.
+    """
+    how = how or Observing()
+    inputs = [spec.name for spec in model.inputs]
+    if how.padding_mask is not None and how.padding_mask not in inputs:
+        raise OptionError(
+            f"padding-mask: the model has no input {how.padding_mask!r}, only {listed(inputs)}"
+        )
+    runtime = how.runtime or Runtime()
+    n_streams = 1 if model.feedback else min(_STREAMS, runtime.cores)
+    seen = _start(model, names, how, in_halves=how.halves or n_streams > 1)
+    if n_streams > 1 and seen.halves:  # a thread that runs a batch is one of those that share it
+        runtime = replace(runtime, threads=runtime.cores - n_streams + 1)
+    else:
+        n_streams = 1
+    session = Session(model.ir, runtime, values=names, feedback=model.feedback)
+    work = _Work(session, how.padding_mask, _maskable(model, names, how.padding_mask))
+    last_checkpoint = time.monotonic()
+    with Streams(n_streams, session.cancel) as streams:
+        for batch in batches:
+            batch.check_finite(seen.n_samples)
+            seen = work.put(streams, seen, batch, how.keep_batches)
+            if how.checkpoint and time.monotonic() - last_checkpoint >= how.checkpoint_seconds:
+                streams.drain()
+                how.checkpoint(work.settled(seen, halves=how.halves))
+                last_checkpoint = time.monotonic()
+        streams.drain()
+    if seen.n_samples == 0:
+        raise DataError("the calibration data holds no samples")
+    settled = work.settled(seen, halves=how.halves)
+    if seen.halves and not settled.halves:
+        first, second = seen.halves
+        for name in first:
+            first[name].merge(second[name])
+        return replace(settled, counters=first)
+    return settled
+
+
+def _start(model: Model, names: Sequence[str], how: Observing, *, in_halves: bool) -> Observations:
+    """What is counted on; where too much is counted already without halves, that goes on."""
+    seen = how.resumed or Observations(
+        model.sha256,
+        0,
+        {name: Counter() for name in names},
+        padding_mask=how.padding_mask,
+        feedback=model.feedback,
+    )
+    if seen.halves or seen.n_batches > 1 or not in_halves:
+        return seen
+    return halved(
+        seen, (seen.counters, {name: Counter() for name in seen.counters}), (seen.n_samples, 0)
+    )
+
+
+@dataclass(slots=True)
+class _Work:
+    """What becomes of each batch. ``maskable``: what the mask may fit; ``unmasked``: what it did
+    not."""
+
+    session: Session
+    padding_mask: str | None
+    maskable: set[str]
+    unmasked: set[str] = field(default_factory=set)
+
+    def put(
+        self, streams: Streams, seen: Observations, batch: Batch, keep_batches: int
+    ) -> Observations:
+        """Has one batch more counted; answers ``seen`` as it will be then."""
+        half, kept = seen.n_batches % 2, seen.batches
+        counted = [seen.halves[half] if seen.halves else seen.counters]
+        if len(kept) < keep_batches:
+            kept = (*kept, {name: Counter() for name in seen.counters})
+            counted.append(kept[-1])
+        mask = self._mask(batch, seen.n_samples)
+        streams.put(partial(self._count, batch, mask, counted, seen.n_samples))
+        first, second = seen.half_samples
+        n = batch.n_samples if seen.halves else 0
+        return replace(
+            seen,
+            n_samples=seen.n_samples + batch.n_samples,
+            n_batches=seen.n_batches + 1,
+            batches=kept,
+            half_samples=(first, second + n) if half else (first + n, second),
+        )
+
+    def settled(self, seen: Observations, *, halves: bool) -> Observations:
+        """``seen`` once all of it is counted; without halves if one is empty, or none wanted."""
+        seen = replace(seen, unmasked=tuple(sorted({*seen.unmasked, *self.unmasked})))
+        if not seen.halves or (halves and seen.n_batches > 1):
+            return seen
+        return replace(seen, halves=(), half_samples=(0, 0))
+
+    def _mask(self, batch: Batch, first: int) -> NDArray[np.bool_] | None:
+        if self.padding_mask is None:
+            return None
+        if self.padding_mask not in batch.feed:
+            raise DataError(
+                f"padding-mask: the batch from sample {first} holds no {self.padding_mask!r}"
+            )
+        return np.asarray(batch.feed[self.padding_mask] != 0)
+
+    def _count(
+        self, batch: Batch, mask: NDArray[np.bool_] | None, counted: list[Counters], first: int
+    ) -> None:
+        """Runs one batch, and counts all of its activations in each of ``counted``."""
+        values = self.session.run(batch.feed, batch.restart)
+        for name in list(values):
+            array = values.pop(name)
+            if mask is not None:
+                if name in self.maskable and array.shape[: mask.ndim] == mask.shape:
+                    array = array[mask]
+                else:
+                    self.unmasked.add(name)
+            _update(name, [c[name] for c in counted], array)
+            _check_counter(name, counted[0][name], first)
+
+
+def _update(name: str, counters: Sequence[Counter], array: Array) -> None:
+    try:
+        for counter in counters:
+            counter.update(array)
+    except (CalibError, MemoryError):
+        raise
+    except Exception as error:  # in a thread, where nothing else would tell which tensor it was
+        raise ModelError(f"activation {name!r} cannot be counted: {one_line(error)}") from error
+
+
+def _maskable(model: Model, names: Sequence[str], mask: str | None) -> set[str]:
+    """Values of which the first axes may be those of the mask: numbers where it has the same
+    numbers, free where it is free. Lengths alone could mistake heads for tokens."""
+    graph = model.ir.graph
+    values = {v.name: v.shape for node in graph for v in node.outputs}
+    values.update({v.name: v.shape for v in graph.inputs})
+    wanted = values.get(mask)
+    if wanted is None:
+        return set()
+    kinds = [d if isinstance(d, int) else None for d in wanted.dims]
+    found = ((name, shape) for name in names if (shape := values.get(name)) is not None)
+    return {
+        name
+        for name, shape in found
+        if [d if isinstance(d, int) else None for d in shape.dims[: len(kinds)]] == kinds
+    }
+
+
+def _check_counter(name: str, counter: Counter, first: int) -> None:
+    if counter.n_nan or counter.n_inf:
+        what = "NaN" if counter.n_nan else "infinite"
+        raise ModelError(
+            f"activation {name!r} becomes {what} in the batch that starts at sample {first}: "
+            f"the float model overflows on this data, or the data is not preprocessed for it"
+        )
