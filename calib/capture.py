@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ _MOST_THREADS = 1024
 _FIRST_UNKNOWN_OPSET = 40
 _UNKNOWN_OP = "is not a registered function/op"
 _MOST_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
+_SHARED_BYTES = 1 << 10
+_NO_FILE = "in-memory"
 _FOLDER_OF_EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -102,10 +104,12 @@ class Session:
         wanted = None if values is None else [*values, *self._feedback.values()]
         options = _options(runtime, optimized)
         with ExitStack() as scratch:
-            source = (
-                str(model) if isinstance(model, Path) else _source(model, wanted, options, scratch)
-            )
-            self._session = _load(source, options, runtime, model)
+            if isinstance(model, Path):
+                source = _Source(str(model))
+            else:
+                source = _source(model, wanted, options, scratch)
+            self._session = _load(source.model, options, runtime, model)
+            self._weights = source.weights
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         outputs = [node.name for node in self._session.get_outputs()]
         self._from_feed = [name for name in values or () if name in self._inputs]
@@ -252,16 +256,25 @@ def _options(runtime: Runtime, optimized: bool) -> ort.SessionOptions:
     return options
 
 
+@dataclass(slots=True)
+class _Source:
+    """What onnxruntime loads: a file, or a model whose larger weights it reads from ``weights``,
+    which must outlive the session."""
+
+    model: str | bytes
+    weights: dict[str, ort.OrtValue] = field(default_factory=dict)
+
+
 def _source(
     model: ir.Model,
     values: Sequence[str] | None,
     options: ort.SessionOptions,
     scratch: ExitStack,
-) -> str | bytes:
-    """What onnxruntime loads: the model with ``values`` as its only outputs; itself it stays as
-    it is. External data is read where it lies, not copied, if it lies in one folder."""
+) -> _Source:
+    """The model with ``values`` as its only outputs; itself it stays as it is. Weights are not
+    copied: external data is read where it lies, if it lies in one folder."""
+    model = model.clone()
     if values is not None:
-        model = model.clone()
         by_name = {v.name: v for node in model.graph for v in node.outputs}
         outputs = [by_name[name] for name in dict.fromkeys(values) if name in by_name]
         if outputs:  # a model must have one
@@ -271,7 +284,9 @@ def _source(
         v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value
     ]
     folders = {str(t.base_dir) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    shared = [v for v in model.graph.initializers.values() if _is_shared(v)]
     inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
+    inline -= sum(v.const_value.nbytes for v in shared if v.const_value)
     if len(folders) > 1 or inline > _MOST_INLINE_BYTES:
         try:
             folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="octav-calibrate-"))
@@ -281,7 +296,37 @@ def _source(
                 f"{tempfile.gettempdir()}: no working copy of the model can be written: "
                 f"{error.strerror or one_line(error)}; let TMPDIR name a folder with room"
             ) from error
-        return str(Path(folder, "model.onnx"))
+        return _Source(str(Path(folder, "model.onnx")))
     if folders:
         options.add_session_config_entry(_FOLDER_OF_EXTERNAL_DATA, folders.pop() or ".")
-    return bytes(ir.to_proto(model).SerializeToString())
+    weights = {str(value.name): _share(value) for value in shared}
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
+    return _Source(bytes(ir.to_proto(model).SerializeToString()), weights)
+
+
+def _is_shared(value: ir.Value) -> bool:
+    """Whether a constant is large enough to be read where it is, and of a type that can be."""
+    tensor = value.const_value
+    return (
+        tensor is not None
+        and not isinstance(tensor, ir.ExternalTensor)
+        and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+        and tensor.nbytes >= _SHARED_BYTES
+        and not value.is_graph_input()
+    )
+
+
+def _share(value: ir.Value) -> ort.OrtValue:
+    """The constant as onnxruntime reads it; a mere reference to data elsewhere in the graph."""
+    tensor = value.const_value
+    assert tensor is not None
+    value.const_value = ir.ExternalTensor(
+        _NO_FILE,
+        0,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape),
+        name=value.name or "",
+    )
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from calib.compiled import enabled, kernel
 
 N_CODES = 1 << 16
-_LANES = 2
+_LANES = 4
 _CHUNK = 1 << 18
 _CACHED = 1 << 12
 _MANY = 1 << 16
@@ -53,12 +53,18 @@ class Counter:
         """int64 ``(65536,)``; index ``(bits + 0x8000) >> 16`` of the float32 bits, finite values
         only. Values beyond the largest bfloat16 count as that one."""
         if self._lanes is not None and self._in_lanes:
-            for lane in self._lanes:
-                codes = np.flatnonzero(lane)
-                self._counts[codes] += lane[codes]
-                lane[codes] = 0
+            for codes in self._used():
+                _fold(self._lanes[codes], self._counts[codes])
             self._in_lanes = 0
         return self._counts
+
+    def _used(self) -> tuple[slice, slice]:
+        """Codes up to those of the extremes, positive and negative: behind them, nothing is."""
+        bounds = np.abs(np.clip([self.max, -self.min], 0, _LARGEST_BFLOAT16).astype(np.float32))
+        largest, lowest = (bounds.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
+        return slice(0, int(largest) + 1), slice(
+            _MINUS_ZERO_CODE, _MINUS_ZERO_CODE + int(lowest) + 1
+        )
 
     @property
     def n_finite(self) -> int:
@@ -81,7 +87,7 @@ class Counter:
 
     def _update_compiled(self, chunk: NDArray[np.float32]) -> None:
         if self._lanes is None:
-            self._lanes = np.zeros((_LANES, N_CODES), np.uint32)
+            self._lanes = np.zeros((N_CODES, _LANES), np.uint32)
         if self._in_lanes + chunk.size > _FULL:
             _ = self.counts
         self._in_lanes += chunk.size
@@ -145,8 +151,9 @@ class Counter:
 
     def merge(self, other: Counter) -> None:
         """Adds what ``other`` has counted; neither order nor grouping of merges matters."""
-        codes = np.flatnonzero(other.counts)
-        self._counts[codes] += other.counts[codes]
+        counts = other.counts
+        for codes in other._used():
+            self._counts[codes] += counts[codes]
         self.min = min(self.min, other.min)
         self.max = max(self.max, other.max)
         self.n_zero += other.n_zero
@@ -196,12 +203,25 @@ def _add(
     """Adds ``times``, 1 or -1, for each value of ``span``."""
     half, word, long = np.uint64(0x800000008000), np.uint64(16), np.uint64(48)
     mask = np.uint64(0xFFFF)
-    for i in range(span[0] // 2, span[1] // 2):
-        pair = pairs[i] + half
-        lanes[0, (pair >> word) & mask] += times
-        lanes[1, pair >> long] += times
-    if span[1] % 2:
-        lanes[0, np.uint32(bits[span[1] - 1] + np.uint32(0x8000)) >> np.uint32(16)] += times
+    first, last = span[0] // 2, span[1] // 2
+    for i in range(first, last - 1, 2):
+        pair, other = pairs[i] + half, pairs[i + 1] + half
+        lanes[(pair >> word) & mask, 0] += times
+        lanes[pair >> long, 1] += times
+        lanes[(other >> word) & mask, 2] += times
+        lanes[other >> long, 3] += times
+    for i in range(span[0] + (last - first) // 2 * 4, span[1]):
+        lanes[np.uint32(bits[i] + np.uint32(0x8000)) >> np.uint32(16), 0] += times
+
+
+@kernel()
+def _fold(lanes: NDArray[np.uint32], counts: NDArray[np.int64]) -> None:
+    """Moves what was counted in ``lanes`` to ``counts``."""
+    for code in range(len(counts)):
+        if lanes[code, 0] or lanes[code, 1] or lanes[code, 2] or lanes[code, 3]:
+            for lane in range(4):
+                counts[code] += lanes[code, lane]
+                lanes[code, lane] = 0
 
 
 @kernel()
