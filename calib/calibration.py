@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
+from numpy.typing import NDArray
 
-from calib.calibrators import Calibrator, make, thresholds
+from calib.calibrators import Calibrator, make
 from calib.counter import Counter
-from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
+from calib.distribution import HISTOGRAM_BITS
 from calib.errors import CalibError, ObservationsError
 from calib.granularity import PerTensor, pieces, to_groups
 from calib.graph import Model, Skipped
 from calib.observations import Observations
 from calib.qtypes import QuantType
-from calib.quantize import scale_from_threshold
+from calib.stacking import Answers, Asked, merged, of_batches, of_counters, of_values, spread
 from calib.table import CalibrationTable, TensorRecord, decibels
-from calib.targets import Plan, Rules, TensorSpec
+from calib.targets import Plan, Reduction, Rules, TensorSpec
 
-_MOST = 1 << 22  # values of a weight at a time; a value takes 32 bytes meanwhile
+_MOST = 1 << 20  # values of weights at a time; a value takes 32 bytes meanwhile
+_FIRST = 1 << 17  # fewer at first, so that there is something to do for every core
+_COUNTERS = 8  # of activations at a time
+_RAW = "sqnr_db from the raw values"
+_MODELLED = "sqnr_db from the noise model: the counters are too coarse above 8 bits"
 
 
 def calibrate(
@@ -33,9 +39,25 @@ def calibrate(
             single batches that ``rules.reduction`` needs were not kept.
         CalibratorError: if a calibrator fails or returns nonsense; the tensor is named.
     """
-    made = {spec.method: make(spec.method) for spec in plan.specs}
-    calibrators = {spec.name: made[spec.method] for spec in plan.specs}
-    return calibrate_with(model, observations, plan, rules, calibrators)
+    return calibrate_each(model, observations, [(plan, rules)])[0]
+
+
+def calibrate_each(
+    model: Model, observations: Observations, jobs: Sequence[tuple[Plan, Rules]]
+) -> list[CalibrationTable]:
+    """A table for each of ``jobs``, as `calibrate` gives it; what is the same for several of them,
+    such as sorting a weight, is done once.
+
+    Raises:
+        ObservationsError, CalibratorError: as `calibrate`, for any of the jobs.
+    """
+    methods = dict.fromkeys(spec.method for plan, _ in jobs for spec in plan.specs)
+    made = {method: make(method) for method in methods}
+    return _tables(
+        model,
+        observations,
+        [_Job(plan, rules, {s.name: made[s.method] for s in plan.specs}) for plan, rules in jobs],
+    )
 
 
 def calibrate_with(
@@ -46,23 +68,90 @@ def calibrate_with(
     calibrators: Mapping[str, Calibrator],
 ) -> CalibrationTable:
     """As `calibrate`, with the calibrator that is given for each tensor's name."""
-    _check_observations(observations, plan, rules)
-    records: list[TensorRecord] = []
-    skipped: list[Skipped] = []
-    for spec in plan.specs:
-        calibrator = calibrators[spec.name]
-        try:
-            if spec.kind == "weight":
-                records.append(_weight_record(model, spec, calibrator))
-            elif observations.counters[spec.name].n_finite == 0:
-                skipped.append(Skipped(spec.name, "no value of it was seen in the data"))
-            else:
-                records.append(_activation_record(observations, spec, calibrator, rules))
-        except CalibError as error:
-            raise type(error)(f"{spec.name!r}: {error}") from error
-    return CalibrationTable(
-        model.sha256, observations.n_samples, tuple(records), (*plan.skipped, *skipped)
-    )
+    return _tables(model, observations, [_Job(plan, rules, calibrators)])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One table to be made, with a calibrator for each tensor's name."""
+
+    plan: Plan
+    rules: Rules
+    calibrators: Mapping[str, Calibrator]
+
+
+class _Tensor:
+    """A tensor, everything that any job asks of it, and what is answered.
+
+    Attributes:
+        counter: an activation's; None of a weight.
+        batches: counters of single batches, where thresholds are the mean over them.
+        questions, answers: the same number of each.
+    """
+
+    def __init__(self, spec: TensorSpec, counter: Counter | None, batches: list[Counter] | None):
+        self.name, self.dtype, self.granularity = spec.name, spec.dtype, spec.granularity
+        self.counter, self.batches = counter, batches
+        self.empty = counter is not None and counter.n_finite == 0
+        self.questions: list[Asked] = []
+        self.parts: list[Answers] = []
+        self._known: dict[Hashable, int] = {}
+
+    def ask(self, identity: int, calibrator: Calibrator, bits: int) -> int:
+        """The number of the question for the thresholds of ``calibrator`` at this width."""
+        number = self._known.setdefault((identity, bits), len(self._known))
+        if number == len(self.questions):
+            qtype = QuantType(bits, self.counter is None or self.signed, self.counter is None)
+            self.questions.append(Asked(calibrator, qtype))
+        return number
+
+    @property
+    def signed(self) -> bool:
+        """Whether an activation has negative values."""
+        return self.counter is not None and self.counter.min < 0
+
+    @property
+    def stack(self) -> Hashable:
+        """The same of tensors that can be dealt with together."""
+        alone = None if self.batches is None else id(self)
+        return tuple(self._known), self.dtype, self.counter is None, self.signed, alone
+
+    @cached_property
+    def answers(self) -> Answers:
+        """On the whole tensor, once all its parts are known."""
+        return merged(self.parts)
+
+    @cached_property
+    def constant(self) -> bool:
+        """Whether an activation held one value throughout."""
+        return self.counter is not None and self.counter.min == self.counter.max
+
+
+def _identities(jobs: Sequence[_Job]) -> dict[int, int]:
+    """For the id of each calibrator a number, the same for those that answer the same."""
+    distinct = {id(c): c for job in jobs for c in job.calibrators.values()}
+    numbers: dict[object, int] = {}
+    return {key: numbers.setdefault(_identity(c), len(numbers)) for key, c in distinct.items()}
+
+
+def _identity(calibrator: Calibrator) -> object:
+    try:
+        hash(calibrator)
+    except TypeError:
+        return id(calibrator)
+    return calibrator
+
+
+def _tables(
+    model: Model, observations: Observations, jobs: Sequence[_Job]
+) -> list[CalibrationTable]:
+    tensors: dict[Hashable, _Tensor] = {}
+    for job in jobs:
+        _check_observations(observations, job.plan, job.rules)
+    identities = _identities(jobs)
+    asked = [list(_questions(job, observations, tensors, identities)) for job in jobs]
+    _answer(model, [tensor for tensor in tensors.values() if not tensor.empty])
+    return [_table(model, observations, job, rows) for job, rows in zip(jobs, asked, strict=True)]
 
 
 def _check_observations(observations: Observations, plan: Plan, rules: Rules) -> None:
@@ -80,106 +169,131 @@ def _check_observations(observations: Observations, plan: Plan, rules: Rules) ->
         )
 
 
-def _weight_record(model: Model, spec: TensorSpec, calibrator: Calibrator) -> TensorRecord:
-    """Channels are independent: a few are dealt with at a time, to bound the memory."""
-    tensor = model.weight(spec.name)
-    qtype = QuantType(spec.bits, signed=True, narrow=True)
-    sums, answers, notes = _Sums(), [], list[str]()
-    per_tensor = isinstance(spec.granularity, PerTensor)
-    for index, groups in pieces(
-        tensor.shape, spec.granularity, tensor.size if per_tensor else _MOST
-    ):
-        part = tensor[index].astype(np.float32, copy=False)
-        dist = Samples(to_groups(part, spec.granularity))
-        threshold, said = thresholds(calibrator, dist, qtype)
-        first = f"from channel {groups.start}: " if part.size < tensor.size else ""
-        notes.extend(first + note for note in said)
-        answers.append(threshold)
-        sums.add(dist, threshold, qtype)
+def _questions(
+    job: _Job,
+    observations: Observations,
+    tensors: dict[Hashable, _Tensor],
+    identities: dict[int, int],
+) -> Iterator[tuple[TensorSpec, _Tensor, int]]:
+    """Each tensor of the plan, and which of its answers is meant; new ones join ``tensors``."""
+    mean = job.rules.reduction if job.rules.reduction.name != "pool" else None
+    for spec in job.plan.specs:
+        key = spec.name, spec.kind, spec.granularity, mean
+        tensor = tensors.get(key) or tensors.setdefault(key, _tensor(observations, spec, mean))
+        calibrator = job.calibrators[spec.name]
+        yield spec, tensor, tensor.ask(identities[id(calibrator)], calibrator, spec.bits)
+
+
+def _tensor(observations: Observations, spec: TensorSpec, mean: Reduction | None) -> _Tensor:
+    if spec.kind == "weight":
+        return _Tensor(spec, None, None)
+    batches = None
+    if mean is not None:
+        kept = observations.batches[: mean.batches]
+        batches = [counter for batch in kept if (counter := batch[spec.name]).n_finite]
+    return _Tensor(spec, observations.counters[spec.name], batches)
+
+
+def _answer(model: Model, tensors: Sequence[_Tensor]) -> None:
+    """All together; where that fails one after another, so that the culprit is named."""
+    try:
+        _answer_stacked(model, tensors)
+    except CalibError:
+        for tensor in tensors:
+            tensor.parts.clear()
+        for tensor in tensors:
+            try:
+                _answer_stacked(model, [tensor])
+            except CalibError as error:
+                raise type(error)(f"{tensor.name!r}: {error}") from error
+
+
+def _answer_stacked(model: Model, tensors: Sequence[_Tensor]) -> None:
+    stacks: dict[Hashable, list[_Tensor]] = {}
+    for tensor in tensors:
+        stacks.setdefault(tensor.stack, []).append(tensor)
+    portions = (portion for stack in stacks.values() for portion in _portions(model, stack))
+    for owners, answers in spread(lambda portion: (portion[0], portion[1]()), portions):
+        for owner, part in zip(owners, answers, strict=True):
+            owner.parts.append(part)
+
+
+def _portions(
+    model: Model, stack: list[_Tensor]
+) -> Iterator[tuple[list[_Tensor], Callable[[], list[Answers]]]]:
+    """Tensors and how answers on them, or on a part of them, are found; each of bounded memory."""
+    asked, dtype = stack[0].questions, stack[0].dtype
+    if stack[0].counter is None:
+        for owners, values in _weights(model, stack):
+            yield owners, partial(of_values, values, asked, dtype)
+        return
+    for start in range(0, len(stack), _COUNTERS):
+        owners = stack[start : start + _COUNTERS]
+        counters = [owner.counter for owner in owners if owner.counter is not None]
+        if (batches := owners[0].batches) is None:
+            yield owners, partial(of_counters, counters, asked, dtype)
+        else:
+            yield owners, partial(of_batches, counters[0], batches, asked, dtype)
+
+
+def _weights(
+    model: Model, stack: list[_Tensor]
+) -> Iterator[tuple[list[_Tensor], list[NDArray[np.floating]]]]:
+    """The values of weights as ``(groups, values)``, about so many at a time as memory allows, and
+    whose they are. Channels are independent: a large weight comes in several parts."""
+    owners, values = list[_Tensor](), list[NDArray[np.floating]]()
+    size, most = 0, _FIRST
+    for tensor in stack:
+        weight = model.weight(tensor.name)
+        whole = isinstance(tensor.granularity, PerTensor)
+        cuts = pieces(weight.shape, tensor.granularity, weight.size if whole else _MOST)
+        for index, _ in cuts:
+            part = weight[index].astype(np.float32, copy=False)
+            if values and size + part.size > most:
+                yield owners, values
+                owners, values, size, most = [], [], 0, min(2 * most, _MOST)
+            owners.append(tensor)
+            values.append(to_groups(part, tensor.granularity))
+            size += part.size
+    yield owners, values
+
+
+def _table(
+    model: Model,
+    observations: Observations,
+    job: _Job,
+    rows: Sequence[tuple[TensorSpec, _Tensor, int]],
+) -> CalibrationTable:
+    unseen = "no value of it was seen in the data"
+    mean, kept = job.rules.reduction, len(observations.batches)
+    fewer = [f"mean over all {kept} batches that there are"] if kept < mean.kept_batches else []
+    return CalibrationTable(
+        model.sha256,
+        observations.n_samples,
+        tuple(_record(*row, fewer) for row in rows if not row[1].empty),
+        (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec, t, _ in rows if t.empty)),
+    )
+
+
+def _record(spec: TensorSpec, tensor: _Tensor, number: int, fewer: list[str]) -> TensorRecord:
+    answers, qtype = tensor.answers, tensor.questions[number].qtype
+    sqnr_db = decibels(answers.signal, float(answers.noise[number]))
+    notes = [*spec.notes, *answers.notes[number]]
+    if tensor.counter is not None:
+        notes += fewer
     if qtype.bits > HISTOGRAM_BITS:
-        notes.append("sqnr_db from the raw values")
-    return _record(spec, qtype, sums, np.concatenate(answers), tuple(notes))
-
-
-def _activation_record(
-    observations: Observations, spec: TensorSpec, calibrator: Calibrator, rules: Rules
-) -> TensorRecord:
-    dist = Histogram(observations.counters[spec.name])
-    qtype = QuantType(spec.bits, signed=dist.has_negative)
-    if rules.reduction.name == "pool":
-        threshold, notes = _histogram_threshold(calibrator, dist, qtype)
-    else:
-        batches = observations.batches[: rules.reduction.batches]
-        counters = [c for batch in batches if (c := batch[spec.name]).n_finite]
-        threshold, notes = _mean_threshold(calibrator, counters, qtype, dist)
-        if len(batches) < rules.reduction.batches:
-            notes = (*notes, f"mean over all {len(batches)} batches that there are")
-    if qtype.bits > HISTOGRAM_BITS:
-        notes = (*notes, "sqnr_db from the noise model: the counters are too coarse above 8 bits")
-    if observations.counters[spec.name].min == observations.counters[spec.name].max:
-        notes = (*notes, "constant: it held one value throughout")
-    sums = _Sums()
-    sums.add(dist, threshold, qtype)
-    return _record(spec, qtype, sums, threshold, notes)
-
-
-def _histogram_threshold(
-    calibrator: Calibrator, dist: Histogram, qtype: QuantType
-) -> tuple[Floats, tuple[str, ...]]:
-    threshold, notes = thresholds(calibrator, dist, qtype)
-    if qtype.bits > HISTOGRAM_BITS and dist.max_abs()[0] > 0:
-        threshold = dist.snap(threshold)
-    return threshold, notes
-
-
-def _mean_threshold(
-    calibrator: Calibrator, counters: list[Counter], qtype: QuantType, pooled: Histogram
-) -> tuple[Floats, tuple[str, ...]]:
-    """The mean over batches; those in which the tensor is all zero have no threshold to add."""
-    seen = [h for c in counters if (h := Histogram(c)).max_abs()[0] > 0]
-    if not seen:
-        return _histogram_threshold(calibrator, pooled, qtype)
-    answers = [_histogram_threshold(calibrator, dist, qtype) for dist in seen]
-    notes = tuple(dict.fromkeys(note for _, notes in answers for note in notes))
-    if len(seen) < len(counters):
-        notes = (*notes, f"all zero in {len(counters) - len(seen)} batches: left out of the mean")
-    return np.mean([threshold for threshold, _ in answers], axis=0), notes
-
-
-@dataclass(slots=True)
-class _Sums:
-    """What a record says of a tensor, gathered over its parts."""
-
-    max_abs: float = 0.0
-    count: int = 0
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, dist: Distribution, threshold: Floats, qtype: QuantType) -> None:
-        count = dist.count()
-        self.max_abs = max(self.max_abs, float(dist.max_abs().max()))
-        self.count += int(count.sum())
-        self.signal += float((dist.rms() ** 2 * count).sum())
-        self.noise += float((dist.mse(threshold, qtype) * count).sum())
-
-
-def _record(
-    spec: TensorSpec,
-    qtype: QuantType,
-    sums: _Sums,
-    threshold: Floats,
-    notes: tuple[str, ...],
-) -> TensorRecord:
-    record = TensorRecord(
+        notes.append(_RAW if tensor.counter is None else _MODELLED)
+    if tensor.constant:
+        notes.append("constant: it held one value throughout")
+    if sqnr_db is None and answers.signal > 0:
+        notes.append("no quantization error at all")
+    return TensorRecord(
         spec=spec,
         qtype=qtype,
-        threshold=threshold,
-        scale=scale_from_threshold(threshold, qtype, spec.dtype),
-        max_abs=sums.max_abs,
-        count=sums.count,
-        sqnr_db=decibels(sums.signal, sums.noise),
-        notes=(*spec.notes, *notes),
+        threshold=answers.threshold[number],
+        scale=answers.scale[number],
+        max_abs=answers.max_abs,
+        count=answers.count,
+        sqnr_db=sqnr_db,
+        notes=tuple(notes),
     )
-    if record.sqnr_db is None and sums.signal > 0:
-        record = replace(record, notes=(*record.notes, "no quantization error at all"))
-    return record

@@ -47,6 +47,7 @@ class Runtime:
         provider: execution provider; None for the CPU.
         threads: intra-op threads; 0 leaves it to onnxruntime.
         custom_ops: shared libraries that implement custom operators.
+        frugal: take as little memory as can be and keep none between runs; slower.
 
     Raises:
         OptionError: if threads are negative or absurdly many.
@@ -55,6 +56,7 @@ class Runtime:
     provider: str | None = None
     threads: int = 0
     custom_ops: tuple[Path, ...] = ()
+    frugal: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= _MOST_THREADS:
@@ -253,6 +255,10 @@ def _options(runtime: Runtime, optimized: bool) -> ort.SessionOptions:
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     )
+    if runtime.frugal:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        if optimized:  # above this level, values are kept in a second layout, too
+            options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
     return options
 
 
@@ -326,7 +332,7 @@ def _share(value: ir.Value) -> ort.OrtValue:
         0,
         tensor.nbytes,
         tensor.dtype,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         name=value.name or "",
     )
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))

@@ -43,7 +43,7 @@ class Kernel(Generic[P, R]):
     process after the first only loads it.
     """
 
-    def __init__(self, function: Callable[P, R], *, fastmath: bool):
+    def __init__(self, function: Callable[P, R], *, fastmath: bool | set[str]):
         self._function = function
         self._fastmath = fastmath
         self.__doc__ = function.__doc__
@@ -73,9 +73,9 @@ class Kernel(Generic[P, R]):
         return compiled
 
 
-def kernel(*, fastmath: bool = False) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+def kernel(*, fastmath: bool | set[str] = False) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Marks a function as a `Kernel`. ``fastmath`` lets sums be reordered, and takes for granted
-    that there is no NaN."""
+    that there is no NaN; a set names the liberties that it may take."""
 
     def mark(function: Callable[P, R]) -> Kernel[P, R]:
         return Kernel(function, fastmath=fastmath)

@@ -56,6 +56,7 @@ class Observations:
         halves: counters of every other batch from the first, and of those from the second, where
             that was asked for; ``counters`` are exactly their sums. None of a single batch.
         half_samples: how many samples each half has seen.
+        notes: what was done to observe within a bound on memory; not saved.
     """
 
     model_sha256: str
@@ -69,6 +70,7 @@ class Observations:
     feedback: Mapping[str, str] = field(default_factory=dict)
     halves: tuple[Counters, ...] = ()
     half_samples: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Writes an ``.npz``, whole or not at all.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from calib.counter import Counter
 from calib.counterfile import Counters
 from calib.errors import CalibError, DataError, ModelError, OptionError, one_line
 from calib.graph import Model
+from calib.memory import Fit, fit
 from calib.observations import Observations, halved
 from calib.streams import Streams
 
@@ -65,7 +67,7 @@ def observe(
     Raises:
         DataError: if the data holds NaN or infinity, or there is none.
         ModelError: if an activation becomes NaN or infinite, or onnxruntime fails.
-        OptionError: if the padding mask is no input.
+        OptionError: if the padding mask is no input, or ``max_memory`` is too little.
     """
     how = how or Observing()
     inputs = [spec.name for spec in model.inputs]
@@ -73,17 +75,18 @@ def observe(
         raise OptionError(
             f"padding-mask: the model has no input {how.padding_mask!r}, only {listed(inputs)}"
         )
-    runtime = how.runtime or Runtime()
-    n_streams = 1 if model.feedback else min(_STREAMS, runtime.cores)
-    seen = _start(model, names, how, in_halves=how.halves or n_streams > 1)
-    if n_streams > 1 and seen.halves:  # a thread that runs a batch is one of those that share it
-        runtime = replace(runtime, threads=runtime.cores - n_streams + 1)
-    else:
-        n_streams = 1
-    session = Session(model.ir, runtime, values=names, feedback=model.feedback)
-    work = _Work(session, how.padding_mask, _maskable(model, names, how.padding_mask))
+    plan, batches = _plan(model, batches, names, how)
+    seen = _start(model, names, how, in_halves=how.halves or plan.streams > 1)
+    work = _Work(
+        tuple(
+            Session(model.ir, plan.runtime, values=v, feedback=model.feedback) for v in plan.passes
+        ),
+        how.padding_mask,
+        _maskable(model, names, how.padding_mask),
+        plan.samples,
+    )
     last_checkpoint = time.monotonic()
-    with Streams(n_streams, session.cancel) as streams:
+    with Streams(plan.streams, work.cancel) as streams:
         for batch in batches:
             batch.check_finite(seen.n_samples)
             seen = work.put(streams, seen, batch, how.keep_batches)
@@ -94,13 +97,35 @@ def observe(
         streams.drain()
     if seen.n_samples == 0:
         raise DataError("the calibration data holds no samples")
-    settled = work.settled(seen, halves=how.halves)
+    settled = replace(
+        work.settled(seen, halves=how.halves), notes=(plan.note,) if plan.note else ()
+    )
     if seen.halves and not settled.halves:
         first, second = seen.halves
         for name in first:
             first[name].merge(second[name])
         return replace(settled, counters=first)
     return settled
+
+
+def _plan(
+    model: Model, batches: Iterable[Batch], names: Sequence[str], how: Observing
+) -> tuple[Fit, Iterable[Batch]]:
+    """How to deal with each batch; and the batches."""
+    runtime, before = how.runtime or Runtime(), how.resumed
+    streams = 1 if model.feedback else min(_STREAMS, runtime.cores)
+    if before is not None and before.n_batches > 1 and not before.halves:
+        streams = 1
+    if streams > 1:  # a thread that runs a batch is one of those that share it
+        runtime = replace(runtime, threads=runtime.cores - streams + 1)
+    plan = Fit(streams, (tuple(names),), runtime)
+    if how.max_memory is None:
+        return plan, batches
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return plan, ()
+    return fit(model, first, names, plan, how.max_memory), chain([first], batches)
 
 
 def _start(model: Model, names: Sequence[str], how: Observing, *, in_halves: bool) -> Observations:
@@ -121,13 +146,25 @@ def _start(model: Model, names: Sequence[str], how: Observing, *, in_halves: boo
 
 @dataclass(slots=True)
 class _Work:
-    """What becomes of each batch. ``maskable``: what the mask may fit; ``unmasked``: what it did
-    not."""
+    """What becomes of each batch.
 
-    session: Session
+    Attributes:
+        sessions: each captures some of the activations.
+        maskable: what the mask may fit.
+        samples: of a batch at a time; None for all of it.
+        unmasked: what the mask did not fit.
+    """
+
+    sessions: tuple[Session, ...]
     padding_mask: str | None
     maskable: set[str]
+    samples: int | None
     unmasked: set[str] = field(default_factory=set)
+
+    def cancel(self) -> None:
+        """Ends what is under way."""
+        for session in self.sessions:
+            session.cancel()
 
     def put(
         self, streams: Streams, seen: Observations, batch: Batch, keep_batches: int
@@ -138,8 +175,12 @@ class _Work:
         if len(kept) < keep_batches:
             kept = (*kept, {name: Counter() for name in seen.counters})
             counted.append(kept[-1])
-        mask = self._mask(batch, seen.n_samples)
-        streams.put(partial(self._count, batch, mask, counted, seen.n_samples))
+        if self.padding_mask is not None and self.padding_mask not in batch.feed:
+            raise DataError(
+                f"padding-mask: the batch from sample {seen.n_samples} holds no "
+                f"{self.padding_mask!r}"
+            )
+        streams.put(partial(self._count, batch, counted, seen.n_samples))
         first, second = seen.half_samples
         n = batch.n_samples if seen.halves else 0
         return replace(
@@ -157,29 +198,27 @@ class _Work:
             return seen
         return replace(seen, halves=(), half_samples=(0, 0))
 
-    def _mask(self, batch: Batch, first: int) -> NDArray[np.bool_] | None:
-        if self.padding_mask is None:
-            return None
-        if self.padding_mask not in batch.feed:
-            raise DataError(
-                f"padding-mask: the batch from sample {first} holds no {self.padding_mask!r}"
-            )
-        return np.asarray(batch.feed[self.padding_mask] != 0)
-
-    def _count(
-        self, batch: Batch, mask: NDArray[np.bool_] | None, counted: list[Counters], first: int
-    ) -> None:
+    def _count(self, batch: Batch, counted: list[Counters], first: int) -> None:
         """Runs one batch, and counts all of its activations in each of ``counted``."""
-        values = self.session.run(batch.feed, batch.restart)
-        for name in list(values):
-            array = values.pop(name)
-            if mask is not None:
-                if name in self.maskable and array.shape[: mask.ndim] == mask.shape:
-                    array = array[mask]
-                else:
-                    self.unmasked.add(name)
-            _update(name, [c[name] for c in counted], array)
-            _check_counter(name, counted[0][name], first)
+        n = self.samples or max(batch.n_samples, 1)
+        for start in range(0, max(batch.n_samples, 1), n):
+            part = batch.part(start, min(start + n, batch.n_samples)) if self.samples else batch
+            mask = None if self.padding_mask is None else part.feed[self.padding_mask] != 0
+            for session in self.sessions:
+                values = session.run(part.feed, part.restart)
+                for name in list(values):  # what is counted is let go of
+                    array = self._unpadded(name, values.pop(name), mask)
+                    _update(name, [c[name] for c in counted], array)
+                    _check_counter(name, counted[0][name], first)
+
+    def _unpadded(self, name: str, array: Array, mask: NDArray[np.bool_] | None) -> Array:
+        """What of ``array`` is counted."""
+        if mask is None:
+            return array
+        if name in self.maskable and array.shape[: mask.ndim] == mask.shape:
+            return np.asarray(array[mask])
+        self.unmasked.add(name)
+        return array
 
 
 def _update(name: str, counters: Sequence[Counter], array: Array) -> None:

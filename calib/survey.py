@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from calib.calibrators import make
 from calib.comparison import Comparison
@@ -14,7 +14,7 @@ from calib.graph import Model
 from calib.observations import Observations
 from calib.proposals import Proposal
 from calib.qtypes import check_width
-from calib.rules import Rules
+from calib.rules import Rules, Widths
 from calib.run import Run
 from calib.sensitivity import Sensitivity
 from calib.table import CalibrationTable
@@ -162,3 +162,10 @@ def detailed(candidates: Candidates, rows: Iterable[Row]) -> tuple[str, int]:
 def wide_bits(bits: int) -> int:
     """The width for tensors that do not bear ``bits``: 8, above that 16."""
     return _WIDE_BITS if bits < _WIDE_BITS else _WIDEST_BITS
+
+
+def widened(rules: Rules, bits: int) -> Rules:
+    """The rules with every tensor at ``bits`` at least."""
+    edge = None if rules.widths.edge is None else max(bits, rules.widths.edge)
+    overrides = (replace(rule, bits=rule.bits and max(bits, rule.bits)) for rule in rules.overrides)
+    return replace(rules, widths=Widths(bits, bits, edge), overrides=tuple(overrides))

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from calib.arrays import Batch
-from calib.calibration import calibrate
+from calib.calibration import calibrate, calibrate_each
 from calib.confidence import Confidence, confidence
 from calib.curves import Profile, profiles
 from calib.data import open_data
@@ -25,7 +25,7 @@ from calib.rivals import RIVALS, rival_ranges, rival_table
 from calib.rules import Rules, Widths
 from calib.run import Run, Split
 from calib.sensitivity import Sensitivity, sensitivity
-from calib.survey import Candidates, Measured, Row, Survey, detailed, wide_bits
+from calib.survey import Candidates, Measured, Row, Survey, detailed, wide_bits, widened
 from calib.switchable import Switchable
 from calib.table import CalibrationTable
 from calib.targets import Plan, make_plan
@@ -220,12 +220,23 @@ class _Job:
                 self.notes.append(f"no tensor has {bits} bits: see --edge-bits and the rules")
 
     def _own(self, model: Model, observations: Observations) -> Iterator[Row]:
-        for bits in self.candidates.bits:
-            for method in self.candidates.methods:
+        """All together; where a method fails one after another, to say which and go on."""
+        wanted = [(bits, m) for bits in self.candidates.bits for m in self.candidates.methods]
+        try:
+            yield from self._rows(model, observations, wanted)
+        except (CalibratorError, ModelError):
+            for bits, method in wanted:
                 with self.noted(f"{method} at {bits} bits"):
-                    start = time.perf_counter()
-                    table = self._table(model, observations, self.rules_for(method, bits))
-                    yield Row(method, bits, table, None, time.perf_counter() - start)
+                    yield from self._rows(model, observations, [(bits, method)])
+
+    def _rows(
+        self, model: Model, observations: Observations, wanted: list[tuple[int, str]]
+    ) -> list[Row]:
+        start = time.perf_counter()
+        rules = (self.rules_for(method, bits) for bits, method in wanted)
+        tables = calibrate_each(model, observations, [(make_plan(model, r), r) for r in rules])
+        seconds = (time.perf_counter() - start) / len(wanted)
+        return [Row(m, b, t, None, seconds) for (b, m), t in zip(wanted, tables, strict=True)]
 
     def _rivals(
         self, model: Model, observations: Observations, names: tuple[str, ...]
@@ -290,7 +301,7 @@ class _Job:
                 raise ModelError("no output of the model is floating-point")
             if data is None and self.run.observations is not None:
                 raise ModelError("it takes real samples, give --data")
-            wide = _widened(self.lowest, wide_bits(self.lowest.widths.weights))
+            wide = widened(self.lowest, wide_bits(self.lowest.widths.weights))
             narrow, wider = (self._table(model, observations, r) for r in (self.lowest, wide))
             switchable = Switchable(model, narrow, self.run.runtime)
             trials = self._trials(model, data)
@@ -315,7 +326,7 @@ class _Job:
             (change, replace(before, table=self._table(model, observations, change.rules)))
             for change in propose(found, self.lowest, before.table, wide_bits(bits))
         ]
-        wide_table = self._table(model, observations, _widened(self.lowest, wide_bits(bits)))
+        wide_table = self._table(model, observations, widened(self.lowest, wide_bits(bits)))
         wide = _size_ratio(model, write_qdq(model, wide_table))
         proposals = []
         with self.run.progress("proposals", reference.n_samples * len(changes)) as advance:
@@ -337,10 +348,3 @@ class _Job:
         reading = self.run.reading
         small = replace(reading, batch_size=min(_TRIAL_BATCH, reading.batch_size))
         return open_data(model, data, small).batches(0, self.split.n_calibration)
-
-
-def _widened(rules: Rules, bits: int) -> Rules:
-    """The rules with every tensor at ``bits`` at least."""
-    edge = None if rules.widths.edge is None else max(bits, rules.widths.edge)
-    overrides = (replace(rule, bits=rule.bits and max(bits, rule.bits)) for rule in rules.overrides)
-    return replace(rules, widths=Widths(bits, bits, edge), overrides=tuple(overrides))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 
@@ -15,14 +16,15 @@ from hypothesis import strategies as st
 from models import Array, Feed, parsed, values
 
 from calib.arrays import Batch
-from calib.calibration import calibrate
+from calib.calibration import calibrate, calibrate_each, calibrate_with
 from calib.calibrators import make, thresholds
 from calib.counter import Counter
 from calib.distribution import Distribution, Histogram, Samples
 from calib.errors import CalibratorError, ObservationsError
 from calib.granularity import to_groups
 from calib.graph import Model, load_model
-from calib.observations import Observations, Observing, observe
+from calib.observations import Observations
+from calib.observing import Observing, observe
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize
 from calib.table import CalibrationTable, TensorRecord
@@ -285,3 +287,33 @@ def test_the_samples_and_the_model_are_told(load: Load) -> None:
     table, feed = calibrated(load("conv_bias"), all_bits(4))
     assert table.model_sha256 == load("conv_bias").sha256
     assert table.n_samples == len(feed["image"]) == 16
+
+
+@pytest.mark.parametrize("reduction", [Reduction(), Reduction("mean", 2)])
+def test_many_tables_at_once_are_those_of_each_alone(load: Load, reduction: Reduction) -> None:
+    model = load("conv_bias")
+    some = (Rules(Widths(b, b), m, reduction=reduction) for m in METHODS for b in (2, 8, 16))
+    jobs = [(make_plan(model, rules), rules) for rules in some]
+    feeds = [Batch({"image": values(4, 3, 6, 6, seed=seed)}) for seed in range(3)]
+    seen = observe(model, feeds, jobs[0][0].activations, Observing(reduction.kept_batches))
+    together = calibrate_each(model, seen, jobs)
+    for (plan, rules), table in zip(jobs, together, strict=True):
+        alone = calibrate(model, seen, plan, rules)
+        assert json.dumps(table.to_json()) == json.dumps(alone.to_json())
+
+
+def test_of_many_tables_the_one_that_fails_names_the_tensor(load: Load) -> None:
+    model, rules = load("conv_bias"), all_bits(4)
+    seen = Counter()
+    seen.update(values(8))
+    plan = make_plan(model, rules)
+    observations = Observations(model.sha256, 1, dict.fromkeys(plan.activations, seen))
+
+    def broken(dist: Distribution, _qtype: QuantType, /) -> Array:
+        if dist.groups == 1:
+            return dist.max_abs()
+        raise ValueError("no")
+
+    calibrators = {spec.name: broken for spec in plan.specs}
+    with pytest.raises(CalibratorError, match=r"^'kernel1': .*failed: no$"):
+        calibrate_with(model, observations, plan, rules, calibrators)

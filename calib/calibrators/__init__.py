@@ -13,9 +13,10 @@ import difflib
 import typing
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calib.calibrators.entropy import Entropy
 from calib.calibrators.max import Max
@@ -35,6 +36,15 @@ _BUILT_IN: dict[str, type] = {
     "max": Max,
     "entropy": Entropy,
 }
+
+
+Flags = NDArray[np.bool_]
+
+_MENDED = (
+    "all zero: no threshold exists, 1 is used",
+    "the calibrator found no threshold: the maximum is used",
+    "the calibrator's threshold is above the maximum: the maximum is used",
+)
 
 
 class Calibrator(Protocol):
@@ -100,6 +110,14 @@ def thresholds(
     Raises:
         CalibratorError: if the calibrator raises, or returns a wrong shape, NaN or a negative.
     """
+    answer, mended = mended_thresholds(calibrator, dist, qtype)
+    return answer, notes_on(mended)
+
+
+def mended_thresholds(
+    calibrator: Calibrator, dist: Distribution, qtype: QuantType
+) -> tuple[Floats, Flags]:
+    """As `thresholds`; instead of notes, which groups each of them is about: ``(3, G)``."""
     try:
         answer = np.asarray(calibrator(dist, qtype), np.float64)
     except CalibError:
@@ -111,25 +129,27 @@ def thresholds(
         raise CalibratorError(
             f"{calibrator!r} returned shape {answer.shape}, it must be ({dist.groups},)"
         )
+    if ((answer > 0) & (answer <= largest)).all():
+        return answer, np.zeros((3, dist.groups), np.bool_)
     if not (np.isfinite(answer).all() and (answer >= 0).all()):
         raise CalibratorError(f"{calibrator!r} returned NaN, infinity or a negative threshold")
     zero = largest == 0
     missing = (answer == 0) & ~zero
     above = (answer > largest * (1 + 1e-9)) & ~zero
-    notes = tuple(
+    answer = np.where(missing, largest, np.minimum(answer, largest))
+    return np.where(zero, 1.0, answer), np.stack([zero, missing, above])
+
+
+def notes_on(mended: Flags) -> tuple[str, ...]:
+    """What is noted of the groups that `mended_thresholds` tells of."""
+    return tuple(
         f"{_how_many(flags)}{text}"
-        for flags, text in (
-            (zero, "all zero: no threshold exists, 1 is used"),
-            (missing, "the calibrator found no threshold: the maximum is used"),
-            (above, "the calibrator's threshold is above the maximum: the maximum is used"),
-        )
+        for flags, text in zip(mended, _MENDED, strict=True)
         if flags.any()
     )
-    answer = np.where(missing, largest, np.minimum(answer, largest))
-    return np.where(zero, 1.0, answer), notes
 
 
-def _how_many(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> str:
+def _how_many(flags: Flags) -> str:
     return "" if flags.size == 1 else f"{int(flags.sum())} of {flags.size} channels: "
 
 

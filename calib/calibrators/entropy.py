@@ -34,19 +34,24 @@ class Entropy:
             raise OptionError(f"entropy: bins must be at least 2, got {self.bins}")
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
-        largest = dist.max_abs()
+        best = dist.max_abs()
         levels = qtype.qmax + 1
-        bins = min(self.bins, int(dist.count().max()))
-        if bins <= levels:
-            return largest
-        edges = np.arange(bins + 1)[:, None] / bins * largest
-        edges[-1] = largest
-        above = dist.tail(edges).count
-        histogram = (above[:-1] - above[1:]).T
-        kept = np.arange(levels, bins + 1)
-        losses = np.stack([_divergence(histogram, n, levels) for n in kept.tolist()])
-        best: Floats = kept[np.argmin(losses, axis=0)] / bins * largest
-        return np.minimum(best, largest)
+        bins = np.minimum(self.bins, dist.count()).astype(np.intp)
+        for n in np.unique(bins[bins > levels]).tolist():
+            best[bins == n] = _least_divergence(dist, n, levels)[bins == n]
+        return best
+
+
+def _least_divergence(dist: Distribution, bins: int, levels: int) -> Floats:
+    largest = dist.max_abs()
+    edges = np.arange(bins + 1)[:, None] / bins * largest
+    edges[-1] = largest
+    above = dist.tail(edges).count
+    histogram = (above[:-1] - above[1:]).T
+    kept = np.arange(levels, bins + 1)
+    losses = np.stack([_divergence(histogram, n, levels) for n in kept.tolist()])
+    best: Floats = kept[np.argmin(losses, axis=0)] / bins * largest
+    return np.minimum(best, largest)
 
 
 def _divergence(histogram: Floats, kept: int, levels: int) -> Floats:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from calib.distribution import Distribution, Floats
+from calib.distribution import Distribution, Floats, Seeking, sweep
 from calib.errors import OptionError
 from calib.qtypes import QuantType
 
@@ -28,8 +26,6 @@ class Mse:
             raise OptionError(f"mse: points must be at least 1, got {self.points}")
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
-        largest = dist.max_abs()
-        fractions = np.arange(1, self.points + 1) / self.points
-        errors = dist.mse(fractions[:, None] * largest, qtype)
-        best: Floats = fractions[np.argmin(errors, axis=0)] * largest
-        return best
+        if isinstance(dist, Seeking):
+            return dist.least_mse(self.points, qtype)
+        return sweep(dist, self.points, qtype)

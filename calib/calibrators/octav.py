@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calib.distribution import Distribution, Floats
+from calib.distribution import Distribution, Floats, Seeking
 from calib.errors import OptionError
 from calib.qtypes import QuantType
 
 _MAX_UPDATES = 200
+_CLOSEST = 1e-6
 _CLOSE = 1e-3
 _BELOW_MAXIMUM = 0.99
 
@@ -24,6 +25,7 @@ class Octav:
     The fixed point is unique: ``h(s) = s·(κ·In(s) + Out(s)) - Tail(s)`` increases strictly, so
     each update also tells on which side of s it lies. An update that would leave the bracket so
     found, as on data with few distinct magnitudes, is replaced by the middle of the bracket.
+    A distribution that can find the fixed point itself is asked for it instead.
 
     Args:
         kappa: ``"grid"`` for the rounding noise of the grid that is written, ``"paper"`` for the
@@ -37,7 +39,7 @@ class Octav:
     """
 
     kappa: str = "grid"
-    tolerance: float = 1e-6
+    tolerance: float = _CLOSEST
     iterations: int = 0
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class Octav:
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
         noise = self._noise(qtype)
+        if not self.iterations and self.tolerance <= _CLOSEST and isinstance(dist, Seeking):
+            return dist.fixed_point(noise)
         everything = dist.tail(np.zeros(dist.groups))
         nonzero = np.maximum(everything.count, 1)
         s = everything.sum / nonzero

@@ -1,0 +1,195 @@
+"""How observing fits into a bound on memory: fewer batches at a time, smaller ones, passes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from calib.arrays import Batch
+from calib.capture import Runtime, Session
+from calib.errors import OptionError
+from calib.graph import Model
+from calib.prepare import inner_nodes
+from calib.shapes import value_bytes
+
+_MEGABYTE = 1_000_000
+_COUNTER_BYTES = 300_000  # of the tables, which are mostly empty
+_ARENA = 2  # onnxruntime doubles what it keeps, and copies values to other layouts
+_STATUS = Path("/proc/self/status")
+_PEAK_RESET = Path("/proc/self/clear_refs")
+# Of these, onnxruntime writes the output where the input was, if nothing else reads that.
+_IN_PLACE = {
+    *("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Elu"),
+    *("Add", "Sub", "Mul", "Div", "BatchNormalization", "Identity", "Reshape", "Flatten"),
+    *("Squeeze", "Unsqueeze", "Dropout", "Softmax"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a batch is dealt with.
+
+    Attributes:
+        streams: batches under way at a time.
+        samples: of a batch at a time; None for all of it.
+        passes: what is counted in each run of the model; a session each.
+        runtime: how to execute.
+        note: what was done to fit; empty if nothing.
+    """
+
+    streams: int
+    passes: tuple[tuple[str, ...], ...]
+    runtime: Runtime
+    samples: int | None = None
+    note: str = ""
+
+
+def fit(model: Model, batch: Batch, names: Sequence[str], wanted: Fit, max_memory: int) -> Fit:
+    """The fastest way to observe ``names`` within ``max_memory`` bytes of the process: as
+    ``wanted``, or as near to it as can be.
+
+    The model is run once on the smallest part of ``batch``, to see what that takes; what captured
+    values add is reckoned from their sizes, and from how long each is held.
+
+    Raises:
+        OptionError: if there is no way, or this system does not tell what memory is in use.
+        ModelError: if onnxruntime fails to run the model.
+    """
+    room = _Room(model, batch, wanted.runtime, names)
+    size = room.samples
+    if room.needed(names, size * wanted.streams * _ARENA) <= max_memory:
+        return wanted
+    frugal = replace(wanted, runtime=room.runtime, note=f"{_bound(max_memory)}: no memory is kept")
+    if room.needed(names, size * wanted.streams) <= max_memory:
+        return frugal
+    while size > 1 and room.needed(names, size) > max_memory:
+        size //= 2
+    samples = size if size < room.samples else None
+    what = f"{size} samples" if samples else "one batch"
+    if room.needed(names, size) <= max_memory:
+        return replace(
+            frugal, streams=1, samples=samples, note=f"{_bound(max_memory)}: {what} at a time"
+        )
+    passes = room.passes(names, max_memory)
+    note = f"{_bound(max_memory)}: {what} at a time, the model run {len(passes)} times on each"
+    return replace(frugal, streams=1, samples=samples, passes=passes, note=note)
+
+
+def _bound(n_bytes: int) -> str:
+    return f"max-memory {n_bytes / _MEGABYTE:.0f} MB"
+
+
+@dataclass(slots=True)
+class _Room:
+    """What a model takes, and would take with more of its values held.
+
+    Attributes:
+        samples: of a whole batch, if it can be cut; otherwise 1 stands for the batch.
+    """
+
+    model: Model
+    batch: Batch
+    runtime: Runtime
+    names: Sequence[str]
+    samples: int = 1
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    resident: int = 0
+    session: int = 0
+    overhead: int = 0
+
+    def __post_init__(self) -> None:
+        part = self.batch
+        if _can_be_cut(self.model, self.batch):
+            self.samples, part = self.batch.n_samples, self.batch.part(0, 1)
+        self.runtime = replace(self.runtime, frugal=True)
+        self.sizes = value_bytes(self.model, part, self.runtime)
+        before = _resident()
+        session = Session(self.model.ir, self.runtime, feedback=self.model.feedback)
+        self.resident = _resident()
+        self.session = max(0, self.resident - before)
+        with suppress(OSError):
+            _PEAK_RESET.write_text("5")
+        session.run(part.feed, restart=True)
+        self.overhead = max(0, _peak() - self.resident) - self._held(())
+
+    def needed(self, names: Sequence[str], samples: int = 1) -> int:
+        """Bytes of the process while ``names`` are captured of so many samples."""
+        working = max(0, self.overhead + self._held(names))
+        return self.resident + len(self.names) * _COUNTER_BYTES + samples * working
+
+    def passes(self, names: Sequence[str], bound: int) -> tuple[tuple[str, ...], ...]:
+        """The values in groups, each of which can be captured of one sample.
+
+        Raises:
+            OptionError: if one value alone is too much.
+        """
+        groups: list[list[str]] = []
+        for name in names:
+            left = bound - (len(groups) + 1) * self.session
+            if groups and self.needed([*groups[-1], name]) <= left:
+                groups[-1].append(name)
+                continue
+            groups.append([name])
+            least = self.needed([name]) + len(groups) * self.session
+            if least > bound:
+                raise OptionError(
+                    f"{_bound(bound)} is too little: with {name!r} captured, the model takes "
+                    f"{least / _MEGABYTE:.0f} MB on one {'sample' if self.samples > 1 else 'batch'}"
+                    f"; allow more, or leave the tensor out with --exclude"
+                )
+        return tuple(map(tuple, groups))
+
+    def _held(self, captured: Iterable[str]) -> int:
+        """The most bytes of values at a time, those ``captured`` held until the end."""
+        kept = {*captured, *(spec.name for spec in self.model.outputs)}
+        last_use: dict[str, int] = {}
+        nodes = list(self.model.ir.graph)
+        for position, node in enumerate(nodes):
+            for reader in (node, *inner_nodes(node)):
+                last_use.update((str(v.name), position) for v in reader.inputs if v is not None)
+        live = set(self.batch.feed)
+        total = most = sum(self.sizes.get(name, 0) for name in live)
+        for position, node in enumerate(nodes):
+            read = {str(v.name) for v in node.inputs if v is not None}
+            done = {n for n in read & live if last_use[n] == position and n not in kept}
+            made = {str(v.name) for v in node.outputs}
+            added = sum(self.sizes.get(name, 0) for name in made)
+            freed = sum(self.sizes.get(name, 0) for name in done)
+            total += added
+            reused = max((self.sizes.get(name, 0) for name in done), default=0)
+            most = max(most, total - (min(reused, added) if node.op_type in _IN_PLACE else 0))
+            total -= freed
+            live = (live | made) - done
+        return most
+
+
+def _can_be_cut(model: Model, batch: Batch) -> bool:
+    """Whether the model takes fewer samples at a time than the batch holds."""
+    if model.feedback or batch.n_samples < 2:
+        return False
+    shapes = {spec.name: spec.shape for spec in model.inputs}
+    sampled = [name for name in batch.feed if name not in batch.whole]
+    return all(not isinstance((shapes.get(n) or (None,))[0], int) for n in sampled)
+
+
+def _status(key: str) -> int:
+    """A figure of the process, in bytes."""
+    try:
+        lines: Iterator[str] = iter(_STATUS.read_text("ascii").splitlines())
+    except OSError as error:
+        raise OptionError(
+            f"max-memory needs a system that tells what memory a process takes, as Linux does; "
+            f"this is {sys.platform}: choose a smaller --batch-size instead"
+        ) from error
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")

@@ -1,0 +1,176 @@
+"""Raw values as a distribution, which answers exactly (weights)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib import compiled
+from calib.granularity import PerChannel
+from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
+from calib.qtypes import QuantType
+from calib.quantize import fake_quantize, scale_from_threshold
+from calib.ranked import Floats, Ranked, joined, starts_of
+from calib.rounding import least_errors, moments, plain_squared_errors, squared_errors, units
+
+_TOGETHER = 10  # thresholds
+
+
+class Samples:
+    """Raw values of shape ``(G, N)``, optionally each standing for ``counts`` values.
+
+    The input is never modified and may be read-only. Memory: up to 32 bytes a value on top.
+    """
+
+    def __init__(self, values: NDArray[np.floating], counts: NDArray[np.int64] | None = None):
+        self._values = values
+        self._more: tuple[NDArray[np.floating], ...] = ()
+        self._counts = counts
+
+    @classmethod
+    def stacked(cls, pieces: Sequence[NDArray[np.floating]]) -> Samples:
+        """The groups of all ``pieces``, each ``(G, N)``, behind one another."""
+        samples = cls(pieces[0])
+        samples._more = tuple(pieces[1:])
+        return samples
+
+    @property
+    def _pieces(self) -> tuple[NDArray[np.floating], ...]:
+        return (self._values, *self._more)
+
+    @property
+    def groups(self) -> int:
+        return sum(piece.shape[0] for piece in self._pieces)
+
+    @cached_property
+    def has_negative(self) -> bool:
+        return any(bool((piece < 0).any()) for piece in self._pieces)
+
+    def count(self) -> Floats:
+        if self._counts is not None:
+            return np.asarray(self._counts.sum(axis=1), np.float64)
+        return np.diff(self._starts).astype(np.float64)
+
+    def max_abs(self) -> Floats:
+        return self._moments[0].copy()
+
+    def mean_abs(self) -> Floats:
+        ranked = self._ranked
+        return ranked.at(ranked.sum, np.zeros(self.groups, np.intp)) / self.count()
+
+    def rms(self) -> Floats:
+        return np.sqrt(self._moments[1] / self.count())
+
+    def quantile(self, q: float) -> Floats:
+        return self._ranked.quantile(q)
+
+    def tail(self, t: Floats) -> Tail:
+        return Tail(*self._ranked.tail(t))
+
+    def squared_excess(self, t: Floats) -> Floats:
+        """The sum of ``(|x| - t)²`` over the magnitudes above ``t``."""
+        return self._ranked.squared_excess(t)
+
+    def fixed_point(self, noise: float) -> Floats:
+        """See `Seeking`."""
+        return self._ranked.fixed_point(noise)
+
+    def least_mse(self, points: int, qtype: QuantType) -> Floats:
+        """See `Seeking`. What is clipped is known at once: no threshold is tried that clips more
+        than another one's whole error."""
+        if not (self._single(qtype) and (qtype.narrow or not self.has_negative)):
+            return sweep(self, points, qtype)
+        ranked, largest = self._ranked, self.max_abs()
+        guess = self.fixed_point(qtype.rounding_noise) / np.where(largest > 0, largest, 1)
+        start = np.clip(np.rint(guess * points), 1, points).astype(np.int64)
+        if compiled.enabled():
+            grid = qtype.steps, points
+            best = least_errors(ranked.magnitude, ranked.sum, self._starts, start, grid)
+            return best / points * largest
+        fractions = np.arange(1, points + 1)[:, None] / points
+        least = self.mse(start / points * largest, qtype) * (1 + 1e-5)
+        errors = np.full((points, self.groups), np.inf)
+        for tried in np.array_split(np.arange(points), max(1, points // _TOGETHER)):
+            t = fractions[tried] * largest
+            hopeful = np.flatnonzero(self.squared_excess(t[-1]) <= least * self.count())
+            if hopeful.size:
+                errors[np.ix_(tried, hopeful)] = self._part(hopeful).mse(t[:, hopeful], qtype)
+        return np.asarray(fractions[np.argmin(errors, axis=0), 0] * largest)
+
+    def _part(self, groups: NDArray[np.intp]) -> Samples:
+        """Only ``groups``, which ascend."""
+        ends = np.cumsum([len(piece) for piece in self._pieces])
+        cut = np.split(groups, np.searchsorted(groups, ends[:-1]))
+        first = ends - [len(piece) for piece in self._pieces]
+        pairs = zip(self._pieces, cut, first, strict=True)
+        return Samples.stacked([piece[own - start] for piece, own, start in pairs if own.size])
+
+    def mse(self, t: Floats, qtype: QuantType) -> Floats:
+        thresholds = np.asarray(t, np.float64).reshape(-1, self.groups)
+        steps = scale_from_threshold(thresholds, qtype)
+        levels = np.array([qtype.qmin, qtype.qmax], np.float32)
+        if self._fast(qtype):
+            unit = units(self._moments[0])
+            errors = squared_errors(self._flat, self._starts, steps, levels, unit)
+        else:
+            errors = self._squared_errors(steps, qtype)
+        return or_mean_square(self, thresholds, errors / self.count()).reshape(np.shape(t))
+
+    def _squared_errors(self, steps: NDArray[np.float32], qtype: QuantType) -> Floats:
+        sums, first = [], 0
+        levels = np.array([qtype.qmin, qtype.qmax], np.float32)
+        for piece in self._pieces:
+            part = slice(first, first + len(piece))
+            if self._single(qtype):
+                unit = units(self._moments[0][part])
+                sums.append(plain_squared_errors(piece, steps[:, part], levels, unit))
+            else:
+                sums.append(np.stack([self._exact(piece, step, qtype) for step in steps[:, part]]))
+            first += len(piece)
+        return np.concatenate(sums, axis=1)
+
+    def _exact(self, piece: NDArray[Any], step: NDArray[np.float32], qtype: QuantType) -> Floats:
+        written = fake_quantize(piece, step, qtype, PerChannel(0))
+        squares = self._counted(np.square(written.astype(np.float64) - piece))
+        return np.asarray(squares.sum(axis=1))
+
+    def _counted(self, terms: Floats) -> Floats:
+        return terms if self._counts is None else terms * self._counts
+
+    def _fast(self, qtype: QuantType | None = None) -> bool:
+        """Whether kernels answer."""
+        return compiled.enabled() and self._single(qtype)
+
+    def _single(self, qtype: QuantType | None = None) -> bool:
+        """Whether float32 is exact enough; above 8 bits it is too coarse for errors."""
+        single = all(piece.dtype == np.float32 for piece in self._pieces)
+        narrow = qtype is None or qtype.bits <= HISTOGRAM_BITS
+        return single and self._counts is None and narrow
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return starts_of(self._pieces)
+
+    @cached_property
+    def _flat(self) -> NDArray[np.float32]:
+        return np.require(joined(self._pieces), np.float32, ["C", "A", "W"])
+
+    @cached_property
+    def _moments(self) -> tuple[Floats, Floats]:
+        """The largest magnitude and the sum of squares of each group."""
+        if self._fast():
+            return moments(self._flat, self._starts)
+        largest = [np.abs(piece).max(axis=1) for piece in self._pieces]
+        squares = [self._counted(np.square(piece, dtype=np.float64)) for piece in self._pieces]
+        return (
+            np.concatenate(largest).astype(np.float64),
+            np.concatenate([part.sum(axis=1) for part in squares]),
+        )
+
+    @cached_property
+    def _ranked(self) -> Ranked:
+        return Ranked(self._pieces, None if self._counts is None else [self._counts])

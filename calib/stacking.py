@@ -1,0 +1,182 @@
+"""Thresholds of many tensors at once: those of which the same is asked are one distribution.
+
+Groups do not touch each other, so it makes no difference to a calibrator's answer which tensor a
+group is of; and what sorting, counting and measuring cost is shared by all that is asked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.calibrators import Calibrator, Flags, mended_thresholds, notes_on
+from calib.counter import Counter
+from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
+from calib.qtypes import QuantType
+from calib.quantize import scale_from_threshold
+
+_MOST_WORKERS = 4  # each has memory of its own
+_NONE = np.zeros((3, 1), np.bool_)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Thresholds by ``calibrator`` on the grid of ``qtype``."""
+
+    calibrator: Calibrator
+    qtype: QuantType
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Everything that was asked of a tensor, of A questions.
+
+    Attributes:
+        threshold: float64 ``(A, G)``.
+        scale: float32 ``(A, G)``.
+        mended: see `mended_thresholds`, ``(A, 3, G)``.
+        noise: the sum of squared errors, ``(A,)``.
+        max_abs, count, signal: of the tensor: its largest magnitude, how many values it has, and
+            the sum of their squares.
+        more: notes besides those on ``mended``, for each question.
+    """
+
+    threshold: Floats
+    scale: NDArray[np.float32]
+    mended: Flags
+    noise: Floats
+    max_abs: float
+    count: int
+    signal: float
+    more: Sequence[tuple[str, ...]] = ()
+
+    @cached_property
+    def notes(self) -> list[tuple[str, ...]]:
+        """What is to be said of each answer."""
+        more = self.more or [()] * len(self.mended)
+        if not self.mended.any():
+            return list(more)
+        return [(*notes_on(own), *other) for own, other in zip(self.mended, more, strict=True)]
+
+
+def merged(parts: Sequence[Answers]) -> Answers:
+    """The answers on a tensor from those on its parts, in the order of its groups."""
+    if len(parts) == 1:
+        return parts[0]
+    return Answers(
+        np.concatenate([part.threshold for part in parts], axis=-1),
+        np.concatenate([part.scale for part in parts], axis=-1),
+        np.concatenate([part.mended for part in parts], axis=-1),
+        np.sum([part.noise for part in parts], axis=0),
+        max(part.max_abs for part in parts),
+        sum(part.count for part in parts),
+        sum(part.signal for part in parts),
+    )
+
+
+def of_values(
+    pieces: Sequence[NDArray[np.floating]], asked: Sequence[Asked], dtype: str
+) -> list[Answers]:
+    """Answers on each of ``pieces``, raw values ``(G, N)`` of tensors of type ``dtype``.
+
+    Raises:
+        CalibratorError: see `mended_thresholds`.
+    """
+    dist = Samples.stacked(pieces)
+    found = [_asked(dist, each) for each in asked]
+    return _measured(dist, [len(piece) for piece in pieces], asked, found, dtype)
+
+
+def of_counters(counters: Sequence[Counter], asked: Sequence[Asked], dtype: str) -> list[Answers]:
+    """As `of_values`, on tensors of which ``counters`` were observed."""
+    dist = Histogram(*counters)
+    found = [_asked(dist, each) for each in asked]
+    return _measured(dist, [1] * len(counters), asked, found, dtype)
+
+
+def of_batches(
+    counter: Counter, batches: Sequence[Counter], asked: Sequence[Asked], dtype: str
+) -> list[Answers]:
+    """As `of_values`, on one tensor: the mean of the thresholds from single batches, measured on
+    all of them; those in which it is all zero have no threshold to add."""
+    pooled = Histogram(counter)
+    seen = [h for batch in batches if (h := Histogram(batch)).max_abs()[0] > 0]
+    found, notes = [], []
+    for each in asked:
+        single = [_asked(dist, each) for dist in seen or [pooled]]
+        found.append((np.mean([threshold for threshold, _ in single], axis=0), _NONE))
+        said = list(dict.fromkeys(note for _, mended in single for note in notes_on(mended)))
+        if seen and len(seen) < len(batches):
+            said.append(f"all zero in {len(batches) - len(seen)} batches: left out of the mean")
+        notes.append(tuple(said))
+    answers = _measured(pooled, [1], asked, found, dtype)
+    return [replace(each, more=notes) for each in answers]
+
+
+def _asked(dist: Distribution, each: Asked) -> tuple[Floats, Flags]:
+    threshold, mended = mended_thresholds(each.calibrator, dist, each.qtype)
+    if each.qtype.bits > HISTOGRAM_BITS and isinstance(dist, Histogram):
+        threshold = np.where(dist.max_abs() > 0, dist.snap(threshold), threshold)
+    return threshold, mended
+
+
+def _measured(
+    dist: Distribution,
+    groups: Sequence[int],
+    asked: Sequence[Asked],
+    found: Sequence[tuple[Floats, Flags]],
+    dtype: str,
+) -> list[Answers]:
+    """What was ``found`` on ``dist``, of which the first so many ``groups`` belong to the first
+    tensor, and so on."""
+    threshold, mended = (np.stack(part) for part in zip(*found, strict=True))
+    count, largest = dist.count(), dist.max_abs()
+    scale, noise = np.empty(threshold.shape, np.float32), np.empty(threshold.shape)
+    for qtype in {each.qtype for each in asked}:
+        rows = [row for row, each in enumerate(asked) if each.qtype == qtype]
+        scale[rows] = scale_from_threshold(threshold[rows], qtype, dtype)
+        noise[rows] = dist.mse(threshold[rows], qtype) * count
+    ends = np.cumsum(np.asarray(groups, np.intp))
+    starts = ends - np.asarray(groups, np.intp)
+    noise = np.add.reduceat(noise, starts, axis=1)
+    signal = np.add.reduceat(dist.rms() ** 2 * count, starts).tolist()
+    most = np.maximum.reduceat(largest, starts).tolist()
+    total = np.add.reduceat(count, starts).tolist()
+    parts = [slice(*ends_) for ends_ in zip(starts, ends, strict=True)]
+    return [
+        Answers(
+            threshold[:, part],
+            scale[:, part],
+            mended[:, :, part],
+            noise[:, tensor],
+            most[tensor],
+            int(total[tensor]),
+            signal[tensor],
+        )
+        for tensor, part in enumerate(parts)
+    ]
+
+
+def spread(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``work`` of each of ``items``, in their order, on all cores; few are begun ahead, so that
+    few take memory."""
+    workers = min(_MOST_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        begun: deque[Future[Result]] = deque()
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > workers:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
