@@ -17,6 +17,7 @@ import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
 from calib.errors import CalibError, ModelError, OptionError, one_line
+from calib.prepare import remove_unused
 
 Values = dict[str, NDArray[Any]]
 Source = Path | ir.Model
@@ -286,6 +287,7 @@ def _source(
         if outputs:  # a model must have one
             model.graph.outputs.clear()
             model.graph.outputs.extend(outputs)
+            remove_unused(model)  # which onnxruntime would execute
     tensors = [
         v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value
     ]

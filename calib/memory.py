@@ -8,8 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from calib.arrays import Batch
 from calib.capture import Runtime, Session
+from calib.counter import Counter
 from calib.errors import OptionError
 from calib.graph import Model
 from calib.prepare import inner_nodes
@@ -17,6 +20,7 @@ from calib.shapes import value_bytes
 
 _MEGABYTE = 1_000_000
 _COUNTER_BYTES = 300_000  # of the tables, which are mostly empty
+_MARGIN = 1.02  # what is reckoned was 1.5 % below what was measured
 _ARENA = 2  # onnxruntime doubles what it keeps, and copies values to other layouts
 _STATUS = Path("/proc/self/status")
 _PEAK_RESET = Path("/proc/self/clear_refs")
@@ -106,6 +110,7 @@ class _Room:
             self.samples, part = self.batch.n_samples, self.batch.part(0, 1)
         self.runtime = replace(self.runtime, frugal=True)
         self.sizes = value_bytes(self.model, part, self.runtime)
+        Counter().update(np.zeros(1, np.float32))  # what counting loads and compiles is there now
         before = _resident()
         session = Session(self.model.ir, self.runtime, feedback=self.model.feedback)
         self.resident = _resident()
@@ -118,52 +123,70 @@ class _Room:
     def needed(self, names: Sequence[str], samples: int = 1) -> int:
         """Bytes of the process while ``names`` are captured of so many samples."""
         working = max(0, self.overhead + self._held(names))
-        return self.resident + len(self.names) * _COUNTER_BYTES + samples * working
+        needed = self.resident + len(self.names) * _COUNTER_BYTES + samples * working
+        return int(needed * _MARGIN)
 
     def passes(self, names: Sequence[str], bound: int) -> tuple[tuple[str, ...], ...]:
-        """The values in groups, each of which can be captured of one sample.
+        """The values in groups, each of which can be captured of one sample; as few as can be.
 
         Raises:
             OptionError: if one value alone is too much.
         """
-        groups: list[list[str]] = []
-        for name in names:
-            left = bound - (len(groups) + 1) * self.session
-            if groups and self.needed([*groups[-1], name]) <= left:
-                groups[-1].append(name)
-                continue
-            groups.append([name])
-            least = self.needed([name]) + len(groups) * self.session
-            if least > bound:
-                raise OptionError(
-                    f"{_bound(bound)} is too little: with {name!r} captured, the model takes "
-                    f"{least / _MEGABYTE:.0f} MB on one {'sample' if self.samples > 1 else 'batch'}"
-                    f"; allow more, or leave the tensor out with --exclude"
-                )
+        for n_groups in range(1, len(names) + 1):  # the session of each has the weights
+            left = bound - (n_groups - 1) * self.session
+            groups = self._grouped(names, left)
+            if len(groups) <= n_groups:
+                break
+        largest = max(names, key=lambda name: self.needed([name]))
+        least = self.needed([largest]) + (len(groups) - 1) * self.session
+        if least > bound:
+            raise OptionError(
+                f"{_bound(bound)} is too little: with {largest!r} captured, the model takes "
+                f"{least / _MEGABYTE:.0f} MB on one {'sample' if self.samples > 1 else 'batch'}: "
+                f"allow more, or leave the tensor out with --exclude"
+            )
         return tuple(map(tuple, groups))
 
+    def _grouped(self, names: Sequence[str], bound: int) -> list[list[str]]:
+        """Neighbours together as long as they fit."""
+        groups: list[list[str]] = []
+        for name in names:
+            if groups and self.needed([*groups[-1], name]) <= bound:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        return groups
+
     def _held(self, captured: Iterable[str]) -> int:
-        """The most bytes of values at a time, those ``captured`` held until the end."""
-        kept = {*captured, *(spec.name for spec in self.model.outputs)}
-        last_use: dict[str, int] = {}
-        nodes = list(self.model.ir.graph)
-        for position, node in enumerate(nodes):
-            for reader in (node, *inner_nodes(node)):
-                last_use.update((str(v.name), position) for v in reader.inputs if v is not None)
+        """The most bytes of values at a time; those ``captured`` are held until the end, and what
+        none of them needs is not computed."""
+        kept = set(captured) or {spec.name for spec in self.model.outputs}
+        nodes = _needed(self.model, kept)
+        last_use = {name: step for step, (_, read, _) in enumerate(nodes) for name in read}
         live = set(self.batch.feed)
         total = most = sum(self.sizes.get(name, 0) for name in live)
-        for position, node in enumerate(nodes):
-            read = {str(v.name) for v in node.inputs if v is not None}
-            done = {n for n in read & live if last_use[n] == position and n not in kept}
-            made = {str(v.name) for v in node.outputs}
+        for step, (op_type, read, made) in enumerate(nodes):
+            done = {name for name in read & live if last_use[name] == step and name not in kept}
             added = sum(self.sizes.get(name, 0) for name in made)
-            freed = sum(self.sizes.get(name, 0) for name in done)
-            total += added
             reused = max((self.sizes.get(name, 0) for name in done), default=0)
-            most = max(most, total - (min(reused, added) if node.op_type in _IN_PLACE else 0))
-            total -= freed
+            total += added
+            most = max(most, total - (min(reused, added) if op_type in _IN_PLACE else 0))
+            total -= sum(self.sizes.get(name, 0) for name in done)
             live = (live | made) - done
         return most
+
+
+def _needed(model: Model, names: set[str]) -> list[tuple[str, set[str], set[str]]]:
+    """Of each node that any of ``names`` needs: type, names read and names made, in order."""
+    wanted, nodes = set(names), []
+    for node in reversed(list(model.ir.graph)):
+        made = {str(v.name) for v in node.outputs}
+        if made & wanted:
+            readers = (node, *inner_nodes(node))
+            read = {str(v.name) for reader in readers for v in reader.inputs if v is not None}
+            wanted |= read
+            nodes.append((node.op_type, read, made))
+    return nodes[::-1]
 
 
 def _can_be_cut(model: Model, batch: Batch) -> bool:

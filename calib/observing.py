@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.arrays import Array, Batch, listed
-from calib.capture import Runtime, Session
+from calib.capture import Runtime, Session, Values
 from calib.counter import Counter
 from calib.counterfile import Counters
 from calib.errors import CalibError, DataError, ModelError, OptionError, one_line
@@ -206,13 +206,14 @@ class _Work:
             mask = None if self.padding_mask is None else part.feed[self.padding_mask] != 0
             for session in self.sessions:
                 values = session.run(part.feed, part.restart)
-                for name in list(values):  # what is counted is let go of
-                    array = self._unpadded(name, values.pop(name), mask)
-                    _update(name, [c[name] for c in counted], array)
+                while values:  # what is counted is let go of
+                    name = next(iter(values))
+                    _update(name, [c[name] for c in counted], self._unpadded(name, values, mask))
                     _check_counter(name, counted[0][name], first)
 
-    def _unpadded(self, name: str, array: Array, mask: NDArray[np.bool_] | None) -> Array:
-        """What of ``array`` is counted."""
+    def _unpadded(self, name: str, values: Values, mask: NDArray[np.bool_] | None) -> Array:
+        """What is counted of the value ``name``, which is taken out of ``values``."""
+        array = values.pop(name)
         if mask is None:
             return array
         if name in self.maskable and array.shape[: mask.ndim] == mask.shape:
