@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ _MEGABYTE = 1_000_000
 _COUNTER_BYTES = 300_000  # of the tables, which are mostly empty
 _MARGIN = 1.02  # what is reckoned was 1.5 % below what was measured
 _ARENA = 2  # onnxruntime doubles what it keeps, and copies values to other layouts
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_MAPPED_BYTES = 1 << 20  # from here on, memory goes back to the system when it is freed
 _STATUS = Path("/proc/self/status")
 _PEAK_RESET = Path("/proc/self/clear_refs")
 # Of these, onnxruntime writes the output where the input was, if nothing else reads that.
@@ -62,24 +65,14 @@ def fit(model: Model, batch: Batch, names: Sequence[str], wanted: Fit, max_memor
         OptionError: if there is no way, or this system does not tell what memory is in use.
         ModelError: if onnxruntime fails to run the model.
     """
-    room = _Room(model, batch, wanted.runtime, names)
-    size = room.samples
-    if room.needed(names, size * wanted.streams * _ARENA) <= max_memory:
-        return wanted
-    frugal = replace(wanted, runtime=room.runtime, note=f"{_bound(max_memory)}: no memory is kept")
-    if room.needed(names, size * wanted.streams) <= max_memory:
-        return frugal
-    while size > 1 and room.needed(names, size) > max_memory:
-        size //= 2
-    samples = size if size < room.samples else None
-    what = f"{size} samples" if samples else "one batch"
-    if room.needed(names, size) <= max_memory:
-        return replace(
-            frugal, streams=1, samples=samples, note=f"{_bound(max_memory)}: {what} at a time"
-        )
-    passes = room.passes(names, max_memory)
-    note = f"{_bound(max_memory)}: {what} at a time, the model run {len(passes)} times on each"
-    return replace(frugal, streams=1, samples=samples, passes=passes, note=note)
+    with suppress(OSError, AttributeError):  # not glibc
+        # Once a block of up to 32 MB was freed, it would keep such blocks.
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
+    return _Room(model, batch, wanted.runtime, names).fit(wanted, max_memory)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _bound(n_bytes: int) -> str:
@@ -120,18 +113,39 @@ class _Room:
         session.run(part.feed, restart=True)
         self.overhead = max(0, _peak() - self.resident) - self._held(())
 
+    def fit(self, wanted: Fit, max_memory: int) -> Fit:
+        """As the function."""
+        names, size = self.names, self.samples
+        if self.needed(names, size * wanted.streams * _ARENA) <= max_memory:
+            return wanted
+        told = _bound(max_memory)
+        frugal = replace(wanted, runtime=self.runtime, note=f"{told}: no memory is kept")
+        if self.needed(names, size * wanted.streams) <= max_memory:
+            return frugal
+        while size > 1 and self.needed(names, size) > max_memory:
+            size //= 2
+        samples = size if size < self.samples else None
+        part = _counted(size, "sample") if samples else "one batch"
+        what = f"{told}: {part} at a time"
+        if self.needed(names, size) <= max_memory:
+            return replace(frugal, streams=1, samples=samples, note=what)
+        passes = self.passes(max_memory)
+        note = f"{what}, the model run {_counted(len(passes), 'time')} on each"
+        return replace(frugal, streams=1, samples=samples, passes=passes, note=note)
+
     def needed(self, names: Sequence[str], samples: int = 1) -> int:
         """Bytes of the process while ``names`` are captured of so many samples."""
         working = max(0, self.overhead + self._held(names))
         needed = self.resident + len(self.names) * _COUNTER_BYTES + samples * working
         return int(needed * _MARGIN)
 
-    def passes(self, names: Sequence[str], bound: int) -> tuple[tuple[str, ...], ...]:
+    def passes(self, bound: int) -> tuple[tuple[str, ...], ...]:
         """The values in groups, each of which can be captured of one sample; as few as can be.
 
         Raises:
             OptionError: if one value alone is too much.
         """
+        names = self.names
         for n_groups in range(1, len(names) + 1):  # the session of each has the weights
             left = bound - (n_groups - 1) * self.session
             groups = self._grouped(names, left)

@@ -1,0 +1,103 @@
+"""Tasks side by side: at most so many, in order where it matters, and errors come out."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from calib.streams import Streams
+
+
+def living() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("octav-calibrate")]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_what_every_nth_task_works_with_belongs_to_it_alone(n: int) -> None:
+    owners: list[int | None] = [None] * n
+    most, under_way, lock = 0, 0, threading.Lock()
+    delays = np.random.default_rng(n).uniform(0, 0.004, 60)
+    broken: list[int] = []
+
+    def task(number: int) -> None:
+        nonlocal most, under_way
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        if owners[number % n] is not None:
+            broken.append(number)
+        owners[number % n] = number
+        time.sleep(delays[number])
+        if owners[number % n] != number:
+            broken.append(number)
+        owners[number % n] = None
+        with lock:
+            under_way -= 1
+
+    with Streams(n) as streams:
+        for number in range(60):
+            streams.put(lambda number=number: task(number))  # type: ignore[misc]
+        streams.drain()
+        assert owners == [None] * n
+    assert not broken
+    assert most == n
+    assert not living()
+
+
+def test_of_the_tasks_that_fail_the_earliest_is_heard() -> None:
+    def fail(number: int, seconds: float) -> None:
+        time.sleep(seconds)
+        raise ValueError(f"task {number}")
+
+    def run() -> None:
+        with Streams(2) as streams:
+            streams.put(lambda: fail(0, 0.05))
+            streams.put(lambda: fail(1, 0.0))
+            streams.drain()
+
+    with pytest.raises(ValueError, match="task 0"):
+        run()
+
+
+def test_after_an_error_no_task_is_started_and_what_is_under_way_is_cancelled() -> None:
+    started, stop = [], threading.Event()
+
+    def task(number: int) -> None:
+        started.append(number)
+        if number == 1:
+            raise ValueError("task 1")
+        assert stop.wait(30), "nobody cancelled"
+
+    def run() -> None:
+        with Streams(2, stop.set) as streams:
+            for number in (1, 2, 3):
+                streams.put(lambda number=number: task(number))  # type: ignore[misc]
+
+    with pytest.raises(ValueError, match="task 1"):
+        run()
+    assert 3 not in started
+    assert not living()
+
+
+def test_an_interrupt_in_the_block_ends_the_threads() -> None:
+    stop = threading.Event()
+
+    def run() -> None:
+        with Streams(2, stop.set) as streams:
+            streams.put(lambda: None if stop.wait(30) else pytest.fail("nobody cancelled"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not living()
+
+
+def test_without_an_error_nothing_is_cancelled_and_all_tasks_are_done() -> None:
+    done: list[int] = []
+    with Streams(2, lambda: pytest.fail("cancelled")) as streams:
+        for number in range(5):
+            streams.put(lambda number=number: done.append(number))  # type: ignore[misc]
+    assert sorted(done) == [0, 1, 2, 3, 4]
