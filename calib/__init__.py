@@ -23,20 +23,19 @@ if TYPE_CHECKING:
     from calib.config import Config as Config
     from calib.data import Reading as Reading
     from calib.data import open_data as open_data
-    from calib.distribution import Distribution as Distribution
-    from calib.distribution import Histogram as Histogram
-    from calib.distribution import Samples as Samples
     from calib.errors import CalibError as CalibError
     from calib.gate import Check as Check
     from calib.gate import CheckFiles as CheckFiles
     from calib.gate import check_models as check_models
     from calib.graph import Model as Model
     from calib.graph import load_model as load_model
+    from calib.histogram import Histogram as Histogram
     from calib.images import Preprocessing as Preprocessing
     from calib.observations import Observations as Observations
     from calib.observing import observe as observe
     from calib.pipeline import Calibration as Calibration
     from calib.pipeline import calibrate_model as calibrate_model
+    from calib.protocol import Distribution as Distribution
     from calib.qtypes import QuantType as QuantType
     from calib.rules import Reduction as Reduction
     from calib.rules import Rules as Rules
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from calib.rules import TensorRule as TensorRule
     from calib.rules import Widths as Widths
     from calib.run import Run as Run
+    from calib.samples import Samples as Samples
     from calib.survey import Candidates as Candidates
     from calib.survey import Survey as Survey
     from calib.surveying import compare_methods as compare_methods
@@ -65,9 +65,9 @@ _HOME = {
     "Config": "config",
     "Reading": "data",
     "open_data": "data",
-    "Distribution": "distribution",
-    "Histogram": "distribution",
-    "Samples": "distribution",
+    "Distribution": "protocol",
+    "Histogram": "histogram",
+    "Samples": "samples",
     "CalibError": "errors",
     "Comparison": "comparison",
     "evaluate": "comparison",

@@ -162,6 +162,7 @@ class Feeds:
         takes: what the model takes; samples of equal shapes are stacked up to its size.
         notes: what the user should know about the data.
         identity: equal for the same data read in the same way; None where that is not known.
+        origin: what another process opens the same data from, see `calib.data.Origin`.
     """
 
     counts: Sequence[int]
@@ -169,6 +170,7 @@ class Feeds:
     takes: Takes
     notes: tuple[str, ...] = ()
     identity: str | None = None
+    origin: object = None
 
     @property
     def n_samples(self) -> int:

@@ -29,6 +29,7 @@ _UNKNOWN_OP = "is not a registered function/op"
 _MOST_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
 _SHARED_BYTES = 1 << 10
 _NO_FILE = "in-memory"
+_NO_SPINNING_BETWEEN_RUNS = "session.force_spinning_stop"
 _FOLDER_OF_EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -49,6 +50,7 @@ class Runtime:
         threads: intra-op threads; 0 leaves it to onnxruntime.
         custom_ops: shared libraries that implement custom operators.
         frugal: take as little memory as can be and keep none between runs; slower.
+        yielding: threads of onnxruntime sleep between runs, when there is other work.
 
     Raises:
         OptionError: if threads are negative or absurdly many.
@@ -58,6 +60,7 @@ class Runtime:
     threads: int = 0
     custom_ops: tuple[Path, ...] = ()
     frugal: bool = False
+    yielding: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= _MOST_THREADS:
@@ -256,6 +259,9 @@ def _options(runtime: Runtime, optimized: bool) -> ort.SessionOptions:
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     )
+    if runtime.yielding:
+        options.add_session_config_entry(_NO_SPINNING_BETWEEN_RUNS, "1")
+        options.enable_mem_pattern = False  # its plan would take memory anew in the second run
     if runtime.frugal:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if optimized:  # above this level, values are kept in a second layout, too

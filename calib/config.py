@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ from calib.errors import CalibError, OptionError
 from calib.images import Preprocessing
 from calib.prepare import QUANTIZABLE_OPS
 from calib.qtypes import check_width
-from calib.readers import READERS, Origin, expected, is_function
+from calib.readers import Origin, expected, is_function
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths
 from calib.run import Run
+from calib.settings import first_word, key_of, plain, read_fields
 from calib.yaml_text import dump, load
 
 _MEAN_BATCHES = 5
@@ -80,6 +79,9 @@ class Config:
     external_data: str = "auto"
     force: bool = False
     dry_run: bool = False
+    max_memory: int | None = None
+    workers: int | None = None
+    scheduler: str | None = None
     provider: str | None = None
     threads: int = 0
     custom_ops: tuple[Path, ...] = ()
@@ -142,7 +144,7 @@ class Config:
         if not isinstance(values, dict):
             raise OptionError(expected(f"{source}: it", "a mapping, as 'bits: 4'", values))
         origin = Origin(f"{source}: ", folder)
-        read = _read(cls, values, origin)
+        read = read_fields(cls, values, origin)
         try:
             return cls(**read)
         except CalibError as error:
@@ -161,7 +163,7 @@ class Config:
             CalibError: as the class; the message begins with the option.
         """
         origin = Origin("--", Path())
-        read = _read(Config, {_key(name): value for name, value in given.items()}, origin)
+        read = read_fields(Config, {key_of(name): value for name, value in given.items()}, origin)
         try:
             return replace(self, **(self._overruled(read) | read))
         except CalibError as error:
@@ -183,10 +185,10 @@ class Config:
         for name, other in (("quiet", "verbose"), ("verbose", "quiet")):
             if given.get(name):
                 dropped[other] = False
-        for name, other in (("observations", "save_observations"),
-                            ("save_observations", "observations")):  # fmt: skip
-            if given.get(name):
-                dropped[other] = None
+        for one, two in (("observations", "save_observations"), ("workers", "scheduler")):
+            for name, other in ((one, two), (two, one)):
+                if given.get(name):
+                    dropped[other] = None
         return dropped
 
     def read_paths(self) -> tuple[Path, ...]:
@@ -199,7 +201,7 @@ class Config:
         """All that is set, as `parse` reads it back to the same; paths as they are."""
         return dump(
             {
-                _key(f.name): _plain(getattr(self, f.name))
+                key_of(f.name): plain(getattr(self, f.name))
                 for f in fields(self)
                 if getattr(self, f.name) not in (None, (), {})
             }
@@ -265,6 +267,9 @@ class Config:
             metric=self.metric,
             report=self.report,
             force=self.force,
+            max_memory=self.max_memory,
+            workers=self.workers,
+            scheduler=self.scheduler,
         )
 
     def _with_percentile(self, method: str) -> str:
@@ -272,78 +277,14 @@ class Config:
         return f"percentile:{self.percentile}" if takes_it else method
 
 
-def _key(name: str) -> str:
-    """``weight_bits`` → ``weight-bits``."""
-    return name.replace("_", "-")
-
-
-def _plain(value: object) -> object:
-    """As YAML can hold it."""
-    if isinstance(value, TensorRule):
-        return {k: v for k, v in asdict(value).items() if v is not None and v is not False}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _read(settings: type, values: Mapping[str, object], origin: Origin) -> dict[str, Any]:
-    """``values`` in the types of the fields of ``settings``, by their names."""
-    known = {_key(f.name): f for f in fields(settings)}
-    read: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            place = origin.prefix.removesuffix(".").removesuffix(": ")
-            raise OptionError(f"{place}: {_unknown(key, known)}")
-        name, kind = known[key].name, str(known[key].type).removesuffix(" | None")
-        where = f"{origin.prefix}{key}"
-        if kind == "tuple[TensorRule, ...]":
-            read[name] = _rules(value, where, origin)
-        else:
-            read[name] = READERS.get(key, READERS[kind])(value, where, origin)
-    return read
-
-
-def _unknown(key: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ";"
-    if len(known) < 10:
-        return f"unknown key {key!r}{hint} allowed: {', '.join(known)}"
-    if near:
-        return f"unknown key {key!r}{hint}"
-    return f"unknown key {key!r}; allowed are the long options of --help, without dashes"
-
-
-def _rules(value: object, where: str, origin: Origin) -> tuple[TensorRule, ...]:
-    if not isinstance(value, list | tuple):
-        raise OptionError(expected(where, "a list of rules, as '- {match: head, bits: 8}'", value))
-    return tuple(_rule(item, f"{where}[{n}]", origin) for n, item in enumerate(value))
-
-
-def _rule(value: object, where: str, origin: Origin) -> TensorRule:
-    if not isinstance(value, dict):
-        raise OptionError(expected(where, "a mapping, as '{match: head, bits: 8}'", value))
-    read = _read(TensorRule, value, Origin(f"{where}.", origin.folder))
-    if "match" not in read:
-        raise OptionError(f"{where} needs 'match', a regular expression")
-    try:
-        return TensorRule(**read)
-    except CalibError as error:
-        key = "" if _first_word(error) in read else "method: "
-        raise type(error)(f"{where}.{key}{error}") from None
-
-
-def _first_word(error: CalibError) -> str:
-    return re.split("[^a-z-]", str(error), maxsplit=1)[0]
-
-
 def _blamed(error: CalibError, given: Mapping[str, Any], origin: Origin, source: str) -> CalibError:
     """``error`` with the place of the setting that is to blame, if it is one alone."""
-    if _first_word(error) in map(_key, given):
+    if first_word(error) in map(key_of, given):
         return type(error)(f"{origin.prefix}{error}")
     for name, value in given.items():
         try:
             Config(**{name: value})
         except CalibError as again:
             if str(again) == str(error):
-                return type(error)(f"{origin.prefix}{_key(name)}: {error}")
+                return type(error)(f"{origin.prefix}{key_of(name)}: {error}")
     return type(error)(f"{source}: {error}" if source else str(error))

@@ -58,6 +58,12 @@ class Counter:
             self._in_lanes = 0
         return self._counts
 
+    def bins(self) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+        """The codes that were counted, ascending, and how often each: intp and int64 ``(N,)``."""
+        counts = self.counts
+        codes = np.concatenate([used.start + counts[used].nonzero()[0] for used in self._used()])
+        return codes, counts[codes]
+
     def _used(self) -> tuple[slice, slice]:
         """Codes up to those of the extremes, positive and negative: behind them, nothing is."""
         bounds = np.abs(np.clip([self.max, -self.min], 0, _LARGEST_BFLOAT16).astype(np.float32))
@@ -78,8 +84,10 @@ class Counter:
             self._update_half(np.ascontiguousarray(flat).view(np.uint16))
             return
         for start in range(0, flat.size, _CHUNK):
-            with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
-                chunk = np.ascontiguousarray(flat[start : start + _CHUNK], np.float32)
+            chunk = flat[start : start + _CHUNK]
+            if chunk.dtype != np.float32 or not chunk.flags.c_contiguous:
+                with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
+                    chunk = np.ascontiguousarray(chunk, np.float32)
             if enabled():
                 self._update_compiled(chunk)
             else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from calib.arrayfiles import ARRAY_SUFFIXES, open_file
-from calib.arrays import Batch, Takes, listed
+from calib.arrays import Batch, Feeds, Takes, listed
 from calib.errors import DataError, OptionError
 from calib.folders import array_folder, files_below
 from calib.graph import Model
@@ -61,6 +61,19 @@ class Reading:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What data was opened from, so that another process can open it, too.
+
+    Attributes:
+        source: path of a file or folder; None for made-up inputs.
+        reading: how it becomes feeds.
+    """
+
+    source: Path | None
+    reading: Reading
+
+
 class Data(Protocol):
     """Calibration data: an iterable of batches with a few facts about it."""
 
@@ -102,7 +115,14 @@ def open_data(model: Model, source: object, reading: Reading | None = None) -> D
         OptionError: if ``reading`` says something of images, and there are none.
     """
     reading = reading or Reading()
-    takes = Takes.of(model, reading.batch_size)
+    data = _open(source, Takes.of(model, reading.batch_size), reading)
+    if not isinstance(data, Feeds):
+        return data
+    path = Path(source) if isinstance(source, str | Path) else None
+    return replace(data, origin=Origin(path, reading))
+
+
+def _open(source: object, takes: Takes, reading: Reading) -> Data:
     if isinstance(source, str | Path):
         return _open_path(Path(source), takes, reading)
     reading.check_unused("made up" if source is None else f"a {type(source).__name__}")

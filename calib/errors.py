@@ -8,6 +8,7 @@
     ├── CalibratorError    an unknown, clashing or misbehaving calibrator
     ├── OutputError        a file that cannot be written
     ├── VerificationError  a written model that does not compute what it should
+    ├── ClusterError       workers that cannot be reached, are not like this machine, or die
     └── TrainingError      a PyTorch model that cannot be prepared, trained or exported
 
 Messages are one line: where, what was found, what is allowed, what to do.
@@ -46,6 +47,10 @@ class OutputError(CalibError):
 
 class VerificationError(CalibError):
     """The written model does not compute what the calibration table says."""
+
+
+class ClusterError(CalibError):
+    """Workers cannot be reached, see other files or versions than this machine, or keep dying."""
 
 
 class TrainingError(CalibError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -11,7 +12,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.arrays import Array, Batch, listed
+from calib.arrays import Batch, listed
 from calib.capture import Runtime, Session, Values
 from calib.counter import Counter
 from calib.counterfile import Counters
@@ -60,9 +61,9 @@ def observe(
 ) -> Observations:
     """Runs every batch once and counts the values of the activations ``names``.
 
-    Two batches are under way at a time, each in a thread that runs the model and then counts: one
-    counts while the other one runs, and each has counters of its own, as counting is exact in any
-    order. With one thread, or inputs that are fed back, there is one batch at a time.
+    All cores run the model, then all cores count. Of a single sample, operators have too little to
+    share: then two batches are under way at a time, each in a thread of its own, and each with
+    counters of its own, as counting is exact in any order. See README, "Speed".
 
     Raises:
         DataError: if the data holds NaN or infinity, or there is none.
@@ -75,6 +76,7 @@ def observe(
         raise OptionError(
             f"padding-mask: the model has no input {how.padding_mask!r}, only {listed(inputs)}"
         )
+    runtime = how.runtime or Runtime()
     plan, batches = _plan(model, batches, names, how)
     seen = _start(model, names, how, in_halves=how.halves or plan.streams > 1)
     work = _Work(
@@ -84,9 +86,10 @@ def observe(
         how.padding_mask,
         _maskable(model, names, how.padding_mask),
         plan.samples,
+        max(1, runtime.cores // plan.streams),
     )
     last_checkpoint = time.monotonic()
-    with Streams(plan.streams, work.cancel) as streams:
+    with work, Streams(plan.streams, work.cancel) as streams:
         for batch in batches:
             batch.check_finite(seen.n_samples)
             seen = work.put(streams, seen, batch, how.keep_batches)
@@ -112,20 +115,20 @@ def _plan(
     model: Model, batches: Iterable[Batch], names: Sequence[str], how: Observing
 ) -> tuple[Fit, Iterable[Batch]]:
     """How to deal with each batch; and the batches."""
-    runtime, before = how.runtime or Runtime(), how.resumed
-    streams = 1 if model.feedback else min(_STREAMS, runtime.cores)
-    if before is not None and before.n_batches > 1 and not before.halves:
-        streams = 1
-    if streams > 1:  # a thread that runs a batch is one of those that share it
-        runtime = replace(runtime, threads=runtime.cores - streams + 1)
-    plan = Fit(streams, (tuple(names),), runtime)
-    if how.max_memory is None:
-        return plan, batches
     batches = iter(batches)
     first = next(batches, None)
+    runtime = replace(how.runtime or Runtime(), yielding=True)
     if first is None:
-        return plan, ()
-    return fit(model, first, names, plan, how.max_memory), chain([first], batches)
+        return Fit(1, (tuple(names),), runtime), ()
+    in_one = how.resumed is not None and how.resumed.n_batches > 1 and not how.resumed.halves
+    streams = 1
+    if first.n_samples == 1 and runtime.cores > 1 and not (model.feedback or in_one):
+        streams = _STREAMS  # a thread that runs a batch is one of those that share it
+        runtime = replace(runtime, threads=runtime.cores - streams + 1)
+    plan = Fit(streams, (tuple(names),), runtime)
+    if how.max_memory is not None:
+        plan = fit(model, first, names, plan, how.max_memory)
+    return plan, chain([first], batches)
 
 
 def _start(model: Model, names: Sequence[str], how: Observing, *, in_halves: bool) -> Observations:
@@ -152,6 +155,7 @@ class _Work:
         sessions: each captures some of the activations.
         maskable: what the mask may fit.
         samples: of a batch at a time; None for all of it.
+        n_threads: that count a batch.
         unmasked: what the mask did not fit.
     """
 
@@ -159,7 +163,18 @@ class _Work:
     padding_mask: str | None
     maskable: set[str]
     samples: int | None
+    n_threads: int
     unmasked: set[str] = field(default_factory=set)
+    helpers: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.helpers = ThreadPoolExecutor(_STREAMS * self.n_threads, "octav-calibrate-counting")
+
+    def __enter__(self) -> _Work:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.helpers.shutdown(cancel_futures=True)
 
     def cancel(self) -> None:
         """Ends what is under way."""
@@ -206,30 +221,43 @@ class _Work:
             mask = None if self.padding_mask is None else part.feed[self.padding_mask] != 0
             for session in self.sessions:
                 values = session.run(part.feed, part.restart)
-                while values:  # what is counted is let go of
-                    name = next(iter(values))
-                    _update(name, [c[name] for c in counted], self._unpadded(name, values, mask))
+                names = list(values)
+                self._share(values, partial(self._update, values, mask, counted))
+                for name in names:
                     _check_counter(name, counted[0][name], first)
 
-    def _unpadded(self, name: str, values: Values, mask: NDArray[np.bool_] | None) -> Array:
-        """What is counted of the value ``name``, which is taken out of ``values``."""
+    def _share(self, values: Values, update: Callable[[str], None]) -> None:
+        """Calls ``update`` with every name in several threads, the largest arrays first."""
+        names = list(values)
+        if self.n_threads > 1:
+            names.sort(key=lambda name: -values[name].size)
+
+        def work(first: int) -> None:
+            for name in names[first :: self.n_threads]:
+                update(name)
+
+        others = [self.helpers.submit(work, n) for n in range(1, min(self.n_threads, len(names)))]
+        work(0)
+        for other in others:
+            other.result()
+
+    def _update(
+        self, values: Values, mask: NDArray[np.bool_] | None, counted: list[Counters], name: str
+    ) -> None:
+        """Counts one value, and lets go of it."""
         array = values.pop(name)
-        if mask is None:
-            return array
-        if name in self.maskable and array.shape[: mask.ndim] == mask.shape:
-            return np.asarray(array[mask])
-        self.unmasked.add(name)
-        return array
-
-
-def _update(name: str, counters: Sequence[Counter], array: Array) -> None:
-    try:
-        for counter in counters:
-            counter.update(array)
-    except (CalibError, MemoryError):
-        raise
-    except Exception as error:  # in a thread, where nothing else would tell which tensor it was
-        raise ModelError(f"activation {name!r} cannot be counted: {one_line(error)}") from error
+        if mask is not None:
+            if name in self.maskable and array.shape[: mask.ndim] == mask.shape:
+                array = np.asarray(array[mask])
+            else:
+                self.unmasked.add(name)
+        try:
+            for counters in counted:
+                counters[name].update(array)
+        except (CalibError, MemoryError):
+            raise
+        except Exception as error:  # in a thread, where nothing else would tell which it was
+            raise ModelError(f"activation {name!r} cannot be counted: {one_line(error)}") from error
 
 
 def _maskable(model: Model, names: Sequence[str], mask: str | None) -> set[str]:

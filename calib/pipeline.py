@@ -270,7 +270,7 @@ def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> 
             "data": None if data is None else source,
             "samples": run.samples,
             **plain(asdict(run.reading)),
-            **plain(asdict(run.runtime)),
+            **plain({k: getattr(run.runtime, k) for k in ("provider", "threads", "custom_ops")}),
             "feedback": dict(run.feedback),
             "padding_mask": run.padding_mask,
             "external_data": run.external_data,

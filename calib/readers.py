@@ -6,11 +6,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from calib.errors import OptionError
 
 _FUNCTION = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]i?)?b?", re.IGNORECASE)
 _LONGEST_QUOTE = 60
 
 
@@ -107,6 +109,17 @@ def _size(value: object, where: str, _: Origin) -> str:
     return str(value)
 
 
+def _bytes(value: object, where: str, _: Origin) -> int:
+    """A number of bytes, or text with a unit: ``3GB``, ``512MB``, ``1.5GiB``."""
+    found = None if isinstance(value, bool | float) else _BYTES.fullmatch(str(value).strip())
+    if not isinstance(value, int | str) or found is None:
+        raise OptionError(expected(where, "a size, as 3GB, 512MB, 1.5GiB or 4000000000", value))
+    number, prefix = found.groups()
+    unit, exponent = (prefix or "").lower(), "kmgt"
+    factor = (1024 if unit.endswith("i") else 1000) ** (1 + exponent.index(unit[0]) if unit else 0)
+    return int(Fraction(number) * factor)
+
+
 def _names(value: object, where: str, origin: Origin) -> tuple[str, ...]:
     """A list, or text with commas."""
     items = value.split(",") if isinstance(value, str) else value
@@ -143,6 +156,7 @@ def _mapping(value: object, where: str, origin: Origin) -> dict[str, str]:
 # By the name of a setting where it is special, otherwise by the type of its field.
 READERS: Mapping[str, Reader] = {
     "data": _data,
+    "max-memory": _bytes,
     "resize": _size,
     "crop": _size,
     "pixel-scale": _fraction,

@@ -8,14 +8,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from calib import cluster
+from calib.cluster import connected, observe_on
 from calib.counterfile import is_checkpoint
 from calib.errors import ObservationsError, OutputError
 from calib.files import uninterrupted
 from calib.graph import Model, quantizable_uses
 from calib.observations import Observations
 from calib.observing import Observing, observe
-from calib.report.page import check_available
+from calib.report import page
 from calib.run import Run, Split, check_outputs
+from calib.shards import Task
 from calib.targets import Plan, Rules
 
 
@@ -28,14 +31,19 @@ def observe_split(
     It always has ``halves`` of the samples, too; what is not saved has them if asked for.
     """
     run, names, keep = split.run, plan.activations, rules.reduction.kept_batches
-    how = Observing(keep, run.runtime, run.padding_mask)
-    how = replace(how, halves=halves or run.save_observations is not None)
+    how = Observing(
+        keep,
+        run.runtime,
+        run.padding_mask,
+        halves=halves or run.save_observations is not None,
+        max_memory=run.max_memory,
+    )
     if run.save_observations is None:
-        return observe(model, split.calibration(), names, how)
+        return _observe(model, split, names, how)
     uses, _ = quantizable_uses(model)
     names = tuple(dict.fromkeys(use.tensor for use in uses if use.kind == "activation"))
-    if split.source.identity is None or model.feedback:
-        return observe(model, split.calibration(), names, how)
+    if split.source.identity is None or model.feedback or run.on_workers:
+        return _observe(model, split, names, how)
     parts = split.source.identity, split.n_calibration, names, keep, run.padding_mask, "halves"
     identity = hashlib.sha256(repr(parts).encode()).hexdigest()
     path = checkpoint_path(run.save_observations)
@@ -48,6 +56,20 @@ def observe_split(
     )
     observed = observe(model, split.calibration(resumed.n_samples if resumed else 0), names, how)
     return replace(observed, identity="")
+
+
+def _observe(model: Model, split: Split, names: Sequence[str], how: Observing) -> Observations:
+    """From the first sample on, here or on workers."""
+    run = split.run
+    if not run.on_workers:
+        return observe(model, split.calibration(), names, how)
+    task = Task.of(model, split.source, names, how)
+    stop = split.n_calibration
+    with (
+        run.progress("observe", stop or split.source.n_samples) as advance,
+        connected(run.workers, run.scheduler) as client,
+    ):
+        return observe_on(client, task, split.source, stop, advance)
 
 
 def saved_observations(model: Model, run: Run) -> Observations | None:
@@ -74,7 +96,9 @@ def check_files(outputs: Sequence[Path | None], model: Model, data: object, run:
     others = (Path(path) for path in paths if path is not None)
     inputs = [*model.files, *others, *run.runtime.custom_ops, *run.protected]
     if run.report is not None:
-        check_available()
+        page.check_available()
+    if run.on_workers:
+        cluster.check_available()
     check_outputs([*outputs, run.save_observations, run.summary, run.report], inputs, run)
     _check_checkpoint(run)
 

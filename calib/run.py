@@ -51,6 +51,10 @@ class Run:
         report: file to write a page on all of it to.
         command: what was typed, for the report.
         force: overwrite files that exist.
+        max_memory: bytes that the process may take while it observes, or each worker; None for no
+            bound.
+        workers: observe in that many processes of this machine.
+        scheduler: observe on the workers of the Dask scheduler at this address.
         progress: called with a stage and its number of samples; gives a function to advance it.
     """
 
@@ -71,6 +75,9 @@ class Run:
     report: Path | None = None
     command: str = ""
     force: bool = False
+    max_memory: int | None = None
+    workers: int | None = None
+    scheduler: str | None = None
     progress: Progress = silent
 
     def __post_init__(self) -> None:
@@ -87,6 +94,19 @@ class Run:
             raise OptionError(
                 "observations and save-observations contradict each other: read or save them"
             )
+        for name in ("max_memory", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.workers is not None and self.scheduler is not None:
+            raise OptionError(
+                "workers and scheduler contradict each other: start workers here, or use others"
+            )
+
+    @property
+    def on_workers(self) -> bool:
+        """Whether other processes observe."""
+        return self.workers is not None or self.scheduler is not None
 
 
 @dataclass(slots=True)

@@ -152,6 +152,21 @@ GROUPS: dict[str, list[click.Option]] = {
         ),
         _flag("force", "Overwrite files that exist."),
     ],
+    "Large sets": [
+        _option(
+            "--max-memory",
+            "What the process may take while it observes, or each worker: 3GB, 512MB, 1.5GiB.  "
+            "[default: what it needs]",
+            "SIZE",
+        ),
+        _whole("--workers", "Observe in N processes, of one thread each (extra: distributed)."),
+        _option(
+            "--scheduler",
+            "Observe on the workers of this Dask scheduler: tcp://host:8786. Observations are "
+            "then not saved on the way, nor with --workers.",
+            "ADDRESS",
+        ),
+    ],
     "onnxruntime": [
         _option("--provider", "Execution provider.  [default: CPU]"),
         _whole("--threads", "Threads within an operator.  [default: its choice]"),

@@ -78,6 +78,7 @@ _GROUPS = {
         ),
         *_shared("Files", "save_observations", "observations", "force"),
     ],
+    "Large sets": _shared("Large sets"),
     "onnxruntime": _shared("onnxruntime"),
     "The command": _shared("The command", "config", "quiet", "verbose"),
 }

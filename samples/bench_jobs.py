@@ -26,16 +26,28 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort  # type: ignore[import-untyped,unused-ignore]
 import paper_table6
+import topologies
 from numpy.typing import NDArray
 from onnxruntime.quantization import calibrate as theirs  # type: ignore[import-untyped, unused-ignore]
 
-from calib import Model, QuantType, Rules, Samples, Widths, load_model, make_plan, observe
+from calib import (
+    Model,
+    Observations,
+    QuantType,
+    Rules,
+    Samples,
+    Widths,
+    load_model,
+    make_plan,
+    observe,
+)
 from calib.arrays import Batch
 from calib.calibration import calibrate_each
 from calib.calibrators import make
 from calib.compiled import enabled
 from calib.counter import Counter
 from calib.granularity import PerChannel, pieces, to_groups
+from calib.observing import Observing
 from calib.prepare import QUANTIZABLE_OPS
 
 METHODS = ("octav", "percentile", "mse", "max")
@@ -62,6 +74,7 @@ def ratios(model: str, images: int, batch: int, rounds: int) -> Figures:
     ways: dict[str, Way] = {
         "plain_s": partial(infer, model, feeds),
         "exposed_s": partial(infer, exposing(loaded), feeds),
+        "observed_s": partial(observed, loaded, feeds),
         "ours_s": partial(whole_calibration, loaded, feeds),
     }
     found = interleaved(ways, rounds)
@@ -95,10 +108,14 @@ def random_batches(model: Model, images: int, batch: int) -> Iterator[Batch]:
 def whole_calibration(model: Model, feeds: list[Feed]) -> None:
     """What the tool computes: one pass over the images, then the thresholds of every method at
     every width."""
-    plan = make_plan(model, Rules())
-    observations = observe(model, map(Batch, feeds), plan.activations)
+    observations = observed(model, feeds)
     rules = [Rules(widths=Widths(b, b), method=method) for method in METHODS for b in WIDTHS]
     calibrate_each(model, observations, [(make_plan(model, one), one) for one in rules])
+
+
+def observed(model: Model, feeds: list[Feed]) -> Observations:
+    """One pass over the images."""
+    return observe(model, map(Batch, feeds), make_plan(model, Rules()).activations)
 
 
 def infer(model: str | bytes, feeds: list[Feed]) -> None:
@@ -160,6 +177,21 @@ def memory(model: str, images: int, batch: int) -> Figures:
     names = make_plan(loaded, Rules()).activations
     observe(loaded, random_batches(loaded, images, batch), names)
     return {"peak_mb": peak_mb()}
+
+
+def max_memory(size: int, bound_mb: int) -> dict[str, Any]:
+    """The peak, in millions of bytes, of observing an encoder-decoder on one large image within a
+    bound; what its activations take together; and what was done."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "encoder_decoder.onnx")
+        path.write_bytes(topologies.encoder_decoder(size).SerializeToString())
+        model = load_model(path)
+    names = make_plan(model, Rules()).activations
+    image = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
+    how = Observing(max_memory=bound_mb * 1_000_000)
+    seen = observe(model, [Batch({model.inputs[0].name: image})], names, how)
+    values = sum(counter.n_finite for counter in seen.counters.values())
+    return {"peak_mb": peak_mb() * 1.048576, "activations_mb": 4e-6 * values, "note": seen.notes}
 
 
 def peak_mb() -> float:

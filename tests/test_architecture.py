@@ -23,6 +23,12 @@ FLOW = (
     "compiled",
     "counter",
     "counterfile",
+    "ranked",
+    "rounding",
+    "cells",
+    "protocol",
+    "samples",
+    "histogram",
     "distribution",
     "calibrators.entropy",
     "calibrators.max",
@@ -47,8 +53,15 @@ FLOW = (
     "iterables",
     "data",
     "capture",
+    "shapes",
+    "memory",
     "observations",
+    "streams",
+    "observing",
+    "shards",
+    "cluster",
     "table",
+    "stacking",
     "calibration",
     "confidence",
     "curves",
@@ -74,6 +87,7 @@ FLOW = (
     "gate",
     "yaml_text",
     "proposals",
+    "settings",
     "config",
     "report.tensors",
     "report.calibrated",
@@ -114,6 +128,7 @@ DOORS = {
         "calib.prepare",
         "calib.graph",
         "calib.capture",
+        "calib.shapes",
         "calib.rivals",
         "calib.storage",
         "calib.write",
@@ -136,13 +151,25 @@ DOORS = {
     "yaml": {"calib.yaml_text"},
     "PIL": {"calib.images"},
     "numba": {"calib.compiled"},
+    "distributed": {"calib.cluster"},
     "plotly": {"calib.report.page"},
     "torch": {f"calib.qat.{name}" for name in TORCH},
 }
 # What a file of ours may import besides: anything else is a new dependency.
 LIGHT = {"calib", "numpy", *sys.stdlib_module_names}
 # None of these is loaded by importing the library, nor by asking the command for help.
-HEAVY = ("onnxruntime", "torch", "onnx", "onnx_ir", "onnxscript", "rich", "yaml", "plotly", "numba")
+HEAVY = (
+    "onnxruntime",
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "rich",
+    "yaml",
+    "plotly",
+    "numba",
+    "distributed",
+)
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 40

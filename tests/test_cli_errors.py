@@ -121,6 +121,12 @@ OPTIONS: dict[str, Case] = {
     "op types that leave nothing": (["--op-types", "Conv"], ["nothing left", "--op-types"]),
     "an unknown op type": (["--op-types", "MatMul,Softmax"], ["'Softmax'", "Conv, ", "MatMul"]),
     "quiet and verbose": (["--quiet", "--verbose"], ["--quiet and verbose contradict"]),
+    "memory in an unknown unit": (["--max-memory", "3XB"], ["--max-memory", "3GB", "'3XB'"]),
+    "no workers": (["--workers", 0], ["--workers must be at least 1, got 0"]),
+    "workers here and elsewhere": (
+        ["--workers", 2, "--scheduler", "tcp://there:8786"],
+        ["workers", "scheduler", "contradict"],
+    ),
     "observations both read and saved": (
         ["--observations", "a.npz", "--save-observations", "b.npz"],
         ["observations", "save-observations", "contradict"],

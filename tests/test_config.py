@@ -62,6 +62,8 @@ summary: out.json
 external-data: always
 force: true
 dry-run: true
+max-memory: 1.5GiB
+workers: 2
 provider: CPUExecutionProvider
 threads: 2
 custom-ops: libops.so
@@ -125,6 +127,8 @@ def test_every_setting_is_read_in_its_type() -> None:
         external_data="always",
         force=True,
         dry_run=True,
+        max_memory=3 << 29,
+        workers=2,
         provider="CPUExecutionProvider",
         threads=2,
         custom_ops=(Path("libops.so"),),
@@ -135,7 +139,7 @@ def test_every_setting_is_read_in_its_type() -> None:
             TensorRule("head", skip=True),
         ),
     )
-    unread = {"observations", "verbose"}  # contradict others
+    unread = {"observations", "verbose", "scheduler"}  # contradict others
     default = Config()
     for f in fields(Config):
         same = getattr(config, f.name) == getattr(default, f.name)
@@ -185,6 +189,8 @@ def test_every_setting_reaches_the_rules_and_the_run() -> None:
         Path("out.html"),
     )
     assert (run.save_observations, run.summary) == (Path("seen.npz"), Path("out.json"))
+    assert (run.max_memory, run.workers, run.scheduler) == (3 << 29, 2, None)
+    assert Config(scheduler="tcp://there:1").to_run().scheduler == "tcp://there:1"
     assert Config(observations=Path("o.npz")).to_run().observations == Path("o.npz")
 
 
@@ -344,6 +350,9 @@ def test_what_belongs_to_an_overruled_setting_goes_with_it() -> None:
     assert percentile.over({"weight_method": "max"}).percentile == 99.9
     assert Config(quiet=True).over({"verbose": True}) == Config(verbose=True)
     assert Config(verbose=True).over({"quiet": True}) == Config(quiet=True)
+    elsewhere = Config(scheduler="tcp://there:8786")
+    assert elsewhere.over({"workers": 2}) == Config(workers=2)
+    assert Config(workers=2).over({"scheduler": "tcp://there:8786"}) == elsewhere
 
 
 @pytest.mark.parametrize(
@@ -371,3 +380,31 @@ def test_a_contradiction_within_the_command_line_is_refused() -> None:
     both = {"observations": "b.npz", "save_observations": "a.npz"}
     with pytest.raises(OptionError, match=r"observations and .*save-observations contradict"):
         Config.parse("bits: 4").over(both)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("4000000000", 4_000_000_000),
+        ("'4000000000'", 4_000_000_000),
+        ("300B", 300),
+        ("512MB", 512_000_000),
+        ("3GB", 3_000_000_000),
+        ("3 gb", 3_000_000_000),
+        ("2G", 2_000_000_000),
+        ("1.5GiB", 3 << 29),
+        ("0.1kB", 100),
+        ("1TiB", 1 << 40),
+    ],
+)
+def test_memory_is_a_number_of_bytes_or_has_a_unit(text: str, n_bytes: int) -> None:
+    config = Config.parse(f"max-memory: {text}")
+    assert config.max_memory == n_bytes
+    assert Config.parse(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize("text", ["true", "1.5", "much", "-3GB", "3XB", "1e9", "[3GB]", "'3GB 4'"])
+def test_memory_in_another_form_is_refused(text: str) -> None:
+    message = r"^y: max-memory must be a size, as 3GB, 512MB, 1\.5GiB or 4000000000, got "
+    with pytest.raises(OptionError, match=message):
+        Config.parse(f"max-memory: {text}", "y")

@@ -172,6 +172,8 @@ def test_a_wrong_key_or_type_is_refused_with_its_path(text: str, message: str) -
         ("batch-size: 0", "batch-size must be at least 1, got 0"),
         ("seed: -1", "seed must not be negative, got -1"),
         ("threads: 9999", "threads must be 0 to 1024, got 9999"),
+        ("max-memory: 0", "max-memory must be at least 1, got 0"),
+        ("workers: 0", "workers must be at least 1, got 0"),
         ("external-data: maybe", "external-data must be auto, always, never, got 'maybe'"),
         ("reduce: median", "reduce must be pool or mean, got 'median'"),
         ("reduce: mean\nmean-batches: 0", "mean-batches must be at least 1, got 0"),
@@ -214,3 +216,10 @@ def test_two_settings_that_contradict_each_other_are_refused_by_both_names() -> 
     message = refused("observations: a.npz\nsave-observations: b.npz")
     assert "observations and " in message
     assert "contradict" in message
+
+
+def test_workers_are_started_here_or_those_of_a_scheduler() -> None:
+    message = refused("workers: 2\nscheduler: tcp://there:8786")
+    assert message == (
+        "workers and scheduler contradict each other: start workers here, or use others"
+    )

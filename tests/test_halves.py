@@ -139,10 +139,10 @@ def test_what_was_counted_without_halves_is_resumed_without_them(load: Load) -> 
 
 
 @pytest.mark.parametrize(
-    ("halves", "threads", "sets"), [(False, 1, 1), (True, 1, 2), (False, 2, 2), (True, 2, 2)]
+    ("halves", "samples", "sets"), [(False, 9, 1), (True, 9, 2), (False, 1, 2)]
 )
-def test_counting_takes_one_set_of_counters_and_with_halves_or_two_threads_two(
-    halves: bool, threads: int, sets: int, load: Load, monkeypatch: pytest.MonkeyPatch
+def test_counting_takes_one_set_of_counters_and_with_halves_or_single_samples_two(
+    halves: bool, samples: int, sets: int, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Counter] = []
 
@@ -153,8 +153,10 @@ def test_counting_takes_one_set_of_counters_and_with_halves_or_two_threads_two(
 
     for module in ("observations", "observing"):
         monkeypatch.setattr(f"calib.{module}.Counter", Noted)
-    model, pieces, names = load("gemm_activation"), list(cut(rich(), [5, 11, 18])), ["hidden", "x"]
-    seen = observe(model, pieces, names, Observing(halves=halves, runtime=Runtime(threads=threads)))
+    names, n = ["hidden", "x"], len(rich()["x"])
+    pieces = cut(rich(), list(range(samples, n, samples)))
+    how = Observing(halves=halves, runtime=Runtime(threads=2))
+    seen = observe(load("gemm_activation"), pieces, names, how)
     assert len(made) == len(names) * sets
     assert "x" in seen.counters
     assert "y" not in seen.counters

@@ -27,7 +27,10 @@ NAMES = ["hidden", "x"]
 ONE_BY_ONE = Runtime(threads=1)
 
 
-def many(n: int = 24) -> list[Batch]:
+def many(n: int = 24, single: bool = False) -> list[Batch]:
+    """Batches of various lengths, or each of a sample."""
+    if single:
+        return list(cut(rich(), list(range(1, len(rich()["x"])))))
     feed = {name: np.tile(array, (4, 1)) for name, array in rich().items()}
     n_rows = len(feed["x"])
     ends = np.sort(np.random.default_rng(0).choice(np.arange(1, n_rows), n - 1, replace=False))
@@ -63,15 +66,16 @@ def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("delayed")
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("keep_batches", [0, 3])
-def test_with_random_delays_two_threads_count_what_one_does(
-    halves: bool, keep_batches: int, load: Load
+@pytest.mark.parametrize("single", [False, True], ids=["batches", "single samples"])
+def test_with_random_delays_several_threads_count_what_one_does(
+    halves: bool, keep_batches: int, single: bool, load: Load
 ) -> None:
     model = load("gemm_activation")
     how = {"keep_batches": keep_batches, "halves": halves}
-    alone = observe(model, many(), NAMES, Observing(**how, runtime=ONE_BY_ONE))  # type: ignore[arg-type]
+    alone = observe(model, many(single=single), NAMES, Observing(**how, runtime=ONE_BY_ONE))  # type: ignore[arg-type]
     for threads in (2, 3):
         runtime = Runtime(threads=threads)
-        both = observe(model, many(), NAMES, Observing(**how, runtime=runtime))  # type: ignore[arg-type]
+        both = observe(model, many(single=single), NAMES, Observing(**how, runtime=runtime))  # type: ignore[arg-type]
         assert_same(both, alone)
         assert len(both.batches) == keep_batches
         assert both.half_samples == alone.half_samples
@@ -92,15 +96,18 @@ def test_checkpoints_hold_whole_batches_however_long_each_takes(load: Load) -> N
     assert all(expected == found for expected, found in seen)
 
 
-def resnet20(fixtures_dir: Path) -> tuple[Model, list[Batch]]:
+def resnet20(fixtures_dir: Path, samples: int = 8) -> tuple[Model, list[Batch]]:
     model = load_model(fixtures_dir / "resnet20_cifar10.onnx")
     rng = np.random.default_rng(0)
     images = rng.standard_normal((96, 3, 32, 32), np.float32)
-    return model, [Batch({"input": images[i : i + 8]}) for i in range(0, 96, 8)]
+    return model, [Batch({"input": images[i : i + samples]}) for i in range(0, 96, samples)]
 
 
-def test_on_a_real_model_any_number_of_threads_gives_the_same_integers(fixtures_dir: Path) -> None:
-    model, batches = resnet20(fixtures_dir)
+@pytest.mark.parametrize("samples", [1, 8])
+def test_on_a_real_model_any_number_of_threads_gives_the_same_integers(
+    fixtures_dir: Path, samples: int
+) -> None:
+    model, batches = resnet20(fixtures_dir, samples)
     names = make_plan(model, Rules()).activations
     alone = observe(model, batches, names, Observing(runtime=ONE_BY_ONE))
     for runtime in (None, Runtime(threads=2), Runtime(threads=4)):

@@ -97,7 +97,10 @@ def test_everything_that_is_imported_is_required(setup_cfg: configparser.ConfigP
     found = {distributions.get(name, name.replace("_", "-")) for name in outside}
     extras = setup_cfg["options.extras_require"]
     assert found == required.union(
-        *(requirement_names(extras[e]) for e in ("fast", "images", "report", "torch"))
+        *(
+            requirement_names(extras[e])
+            for e in ("distributed", "fast", "images", "report", "torch")
+        )
     )
 
 
