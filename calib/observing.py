@@ -71,20 +71,15 @@ def observe(
         OptionError: if the padding mask is no input, or ``max_memory`` is too little.
     """
     how = how or Observing()
-    inputs = [spec.name for spec in model.inputs]
-    if how.padding_mask is not None and how.padding_mask not in inputs:
-        raise OptionError(
-            f"padding-mask: the model has no input {how.padding_mask!r}, only {listed(inputs)}"
-        )
+    maskable = _maskable(model, names, how.padding_mask)
     runtime = how.runtime or Runtime()
     plan, batches = _plan(model, batches, names, how)
     seen = _start(model, names, how, in_halves=how.halves or plan.streams > 1)
+    load = partial(Session, model.ir, plan.runtime, feedback=model.feedback)
     work = _Work(
-        tuple(
-            Session(model.ir, plan.runtime, values=v, feedback=model.feedback) for v in plan.passes
-        ),
+        tuple(load(values=part) for part in plan.passes),
         how.padding_mask,
-        _maskable(model, names, how.padding_mask),
+        maskable,
         plan.samples,
         max(1, runtime.cores // plan.streams),
     )
@@ -100,15 +95,18 @@ def observe(
         streams.drain()
     if seen.n_samples == 0:
         raise DataError("the calibration data holds no samples")
-    settled = replace(
-        work.settled(seen, halves=how.halves), notes=(plan.note,) if plan.note else ()
-    )
-    if seen.halves and not settled.halves:
-        first, second = seen.halves
-        for name in first:
-            first[name].merge(second[name])
-        return replace(settled, counters=first)
-    return settled
+    seen = replace(seen, notes=(plan.note,) if plan.note else ())
+    return _together(seen, work.settled(seen, halves=how.halves))
+
+
+def _together(seen: Observations, settled: Observations) -> Observations:
+    """``settled`` with sums of the halves of ``seen`` in place of them, if it has none."""
+    if settled.halves or not seen.halves:
+        return settled
+    first, second = seen.halves
+    for name in first:
+        first[name].merge(second[name])
+    return replace(settled, counters=first)
 
 
 def _plan(
@@ -262,7 +260,14 @@ class _Work:
 
 def _maskable(model: Model, names: Sequence[str], mask: str | None) -> set[str]:
     """Values of which the first axes may be those of the mask: numbers where it has the same
-    numbers, free where it is free. Lengths alone could mistake heads for tokens."""
+    numbers, free where it is free. Lengths alone could mistake heads for tokens.
+
+    Raises:
+        OptionError: if the mask is no input.
+    """
+    inputs = [spec.name for spec in model.inputs]
+    if mask is not None and mask not in inputs:
+        raise OptionError(f"padding-mask: the model has no input {mask!r}, only {listed(inputs)}")
     graph = model.ir.graph
     values = {v.name: v.shape for node in graph for v in node.outputs}
     values.update({v.name: v.shape for v in graph.inputs})

@@ -253,6 +253,7 @@ def default_output(model: Model, rules: Rules) -> Path:
 
 def _observed_notes(observations: Observations, split: Split) -> Iterator[str]:
     n, wanted, names = observations.n_samples, split.n_calibration, observations.unmasked
+    yield from observations.notes
     if wanted is not None and n < wanted:
         yield f"{wanted} samples were asked for, there are {n}"
     if names:

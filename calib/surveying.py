@@ -84,7 +84,7 @@ def compare_methods(
         held_out=split.held_out,
         made_up=data is None,
         observations=seen,
-        notes=(*loaded.notes, *split.all_notes, *job.notes),
+        notes=(*loaded.notes, *split.all_notes, *seen.notes, *job.notes),
         warnings=job.warnings(data, saved),
         seconds=job.seconds,
         rules=job.rules,
