@@ -44,11 +44,14 @@ from calib import (
 from calib.arrays import Batch
 from calib.calibration import calibrate_each
 from calib.calibrators import make
+from calib.cluster import connected, observe_on
 from calib.compiled import enabled
 from calib.counter import Counter
+from calib.data import Reading, open_data
 from calib.granularity import PerChannel, pieces, to_groups
 from calib.observing import Observing
 from calib.prepare import QUANTIZABLE_OPS
+from calib.shards import Task
 
 METHODS = ("octav", "percentile", "mse", "max")
 WIDTHS = tuple(range(2, 9))
@@ -204,6 +207,28 @@ def peak_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
+# --- several processes ------------------------------------------------------------------------
+
+
+def scaleout(model: str, images: int, batch: int, rounds: int) -> Figures:
+    """Seconds of observing on one worker and on two, of one thread each, that run already."""
+    loaded = load_model(model)
+    names = make_plan(loaded, Rules()).activations
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "images.npz")
+        feeds = random_feeds(loaded, images, batch)
+        arrays: Any = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+        np.savez(path, **arrays)
+        data = open_data(loaded, path, Reading(batch_size=batch))
+        task = Task.of(loaded, data, names, Observing())
+        taken = {}
+        for workers in (1, 2):
+            with connected(workers=workers) as client:
+                work = partial(observe_on, client, task, data, images)
+                taken[f"{workers}_s"] = interleaved({"s": work}, rounds)["s"]
+    return taken
+
+
 # --- kernels ----------------------------------------------------------------------------------
 
 
@@ -267,8 +292,9 @@ def table6(sequences: int, every: int) -> Figures:
     return paper_table6.measure(tensors, every).figures()
 
 
-JOBS: dict[str, Callable[..., Figures]] = {
-    job.__name__: job for job in (ratios, rivals, memory, kernel, weights, table6)
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {
+    job.__name__: job
+    for job in (ratios, rivals, memory, max_memory, scaleout, kernel, weights, table6)
 }
 
 

@@ -236,8 +236,18 @@ def startup(bench: Bench) -> None:
 
 def scaleout(bench: Bench) -> None:
     """Two workers of onnxruntime with one thread against one such worker."""
-    bench.table.heading("scale-out")
-    bench.table.skip("two workers", "--workers is not there yet")
+    bench.table.heading("scale-out, workers of one thread each")
+    name = next((name for name in ("resnet20", "shufflenet") if name in bench.models), None)
+    if name is None or importlib.util.find_spec("distributed") is None:
+        bench.table.skip("two workers", "needs resnet20 or shufflenet, and the extra distributed")
+        return
+    settings = bench.settings(name, bench.sizes.images * MORE_IMAGES)
+    found = run_job("scaleout", {**settings, "rounds": bench.sizes.rounds}, ALL)
+    for workers in ("1", "2"):
+        images = settings["images"]
+        what = f"{name}, {images} images, {workers} at work: s"
+        bench.table.row(what, f"scaleout/{workers}_s", [found[f"{workers}_s"]])
+    bench.table.row("ratio", "scaleout/ratio", [found["1_s"] / found["2_s"]])
 
 
 def table6(bench: Bench) -> None:

@@ -182,6 +182,8 @@ def test_the_benchmark_of_calibration_writes_the_figures_of_its_table(tmp_path: 
     assert set(figures["rivals"]["shufflenet"]) == {"MinMax", "Percentile", "Entropy"}
     assert set(figures["kernel_ns"]) == {"gaussian", "half_zero"}
     assert set(figures["weights"]) == {"per_channel_s", "blocked_s"}
+    assert figures["scaleout"]["ratio"] > 0
+    assert figures["max_memory"]["peak_mb"] < 1000
     few, many = figures["memory_mb"].values()
     assert figures["memory_ratio"] == pytest.approx(many / few)
     assert figures["memory_more_mb"] == pytest.approx(many - few)
