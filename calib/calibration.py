@@ -21,9 +21,10 @@ from calib.stacking import Answers, Asked, merged, of_batches, of_counters, of_v
 from calib.table import CalibrationTable, TensorRecord, decibels
 from calib.targets import Plan, Reduction, Rules, TensorSpec
 
-_MOST = 1 << 20  # values of weights at a time; a value takes 32 bytes meanwhile
-_FIRST = 1 << 17  # fewer at first, so that there is something to do for every core
-_COUNTERS = 8  # of activations at a time
+_MOST = 1 << 20  # values of weights at a time; a value takes 40 bytes meanwhile
+_FIRST = 1 << 18  # fewer at first, so that there is something to do for every core
+_COUNTERS = 12  # of activations at a time
+_LIKE_A_COUNTER = 1 << 13  # values that take about as long
 _RAW = "sqnr_db from the raw values"
 _MODELLED = "sqnr_db from the noise model: the counters are too coarse above 8 bits"
 
@@ -92,7 +93,7 @@ class _Tensor:
     def __init__(self, spec: TensorSpec, counter: Counter | None, batches: list[Counter] | None):
         self.name, self.dtype, self.granularity = spec.name, spec.dtype, spec.granularity
         self.counter, self.batches = counter, batches
-        self.empty = counter is not None and counter.n_finite == 0
+        self.empty = counter is not None and counter.min > counter.max
         self.questions: list[Asked] = []
         self.parts: list[Answers] = []
         self._known: dict[Hashable, int] = {}
@@ -218,22 +219,26 @@ def _answer_stacked(model: Model, tensors: Sequence[_Tensor]) -> None:
             owner.parts.append(part)
 
 
-def _portions(
-    model: Model, stack: list[_Tensor]
-) -> Iterator[tuple[list[_Tensor], Callable[[], list[Answers]]]]:
-    """Tensors and how answers on them, or on a part of them, are found; each of bounded memory."""
+_Portion = tuple[list[_Tensor], Callable[[], list[Answers]]]
+
+
+def _portions(model: Model, stack: list[_Tensor]) -> Iterator[tuple[_Portion, int]]:
+    """Tensors and how answers on them, or on a part of them, are found; each of bounded memory.
+    And its size, in values."""
     asked, dtype = stack[0].questions, stack[0].dtype
     if stack[0].counter is None:
         for owners, values in _weights(model, stack):
-            yield owners, partial(of_values, values, asked, dtype)
+            size = sum(part.size for part in values)
+            yield (owners, partial(of_values, values, asked, dtype)), size
         return
     for start in range(0, len(stack), _COUNTERS):
         owners = stack[start : start + _COUNTERS]
         counters = [owner.counter for owner in owners if owner.counter is not None]
         if (batches := owners[0].batches) is None:
-            yield owners, partial(of_counters, counters, asked, dtype)
+            work = partial(of_counters, counters, asked, dtype)
         else:
-            yield owners, partial(of_batches, counters[0], batches, asked, dtype)
+            work = partial(of_batches, counters[0], batches, asked, dtype)
+        yield (owners, work), len(counters) * _LIKE_A_COUNTER
 
 
 def _weights(

@@ -25,6 +25,8 @@ from calib.ranked import Floats
 
 Starts = NDArray[np.int64]
 
+_SAME = 3  # bins may end at the same code: where the exact maximum cuts the last, and at 0
+
 
 class Cells:
     """Bins of magnitudes, ascending on each side of each group; the sides lie behind one another,
@@ -43,17 +45,20 @@ class Cells:
         width = high - low
         half_density = np.divide(count / 2, width, out=np.zeros_like(width), where=width > 0)
         self._bins = np.stack([low, high, half_density, *from_here])
+        self._table = _tables(self._split(high))
         self._square_sum = np.array([part.sum() for part in self._split(count * mean_square)])
 
     def squared_error(self, step: Floats, levels: tuple[int, int]) -> Floats:
         """The sum of squared errors ``(P, G)`` of grids with ``step`` ``(P, G)`` and so many
         ``levels`` below and above 0."""
         if compiled.enabled():
-            gain = _gains(self._bins, self._starts, step, levels)
+            gain = _gains(self._bins, (self._starts, *self._table), step, levels)
         else:
             gain = np.zeros(step.shape)
+            at, begin, lowest = self._table
             for side, bins in enumerate(self._split(self._bins)):
-                gain[:, side // 2] += _gain(bins, step[:, side // 2], levels[side % 2])
+                table = at[begin[side] : begin[side + 1]], int(lowest[side])
+                gain[:, side // 2] += _gain(bins, table, step[:, side // 2], levels[side % 2])
         total = self._square_sum[0::2] + self._square_sum[1::2]
         return np.asarray(np.maximum(total - gain, 0))
 
@@ -66,12 +71,35 @@ class Cells:
         return np.concatenate(parts)
 
 
-def _gain(bins: Floats, step: Floats, levels: int) -> Floats:
+def _tables(highs: Sequence[Floats]) -> tuple[Starts, Starts, Starts]:
+    """Where the bins are: for the code that `Counter` gives a value, from the lowest that occurs
+    on, how many bins of a side end at smaller ones. Of all sides behind one another; where each
+    begins; and the lowest."""
+    tables, lowest = [], []
+    for high in highs:
+        codes = _codes(high)
+        nearest = min(int(codes.searchsorted(1)), codes.size - 1)
+        first = int(codes[nearest]) if codes.size else 0
+        ending = np.bincount(np.maximum(codes - first, 0))  # the one of 0 is far from the others
+        tables.append(np.concatenate([[0], np.cumsum(ending)]))
+        lowest.append(first)
+    begin = np.cumsum([0, *(table.size for table in tables)])
+    return np.concatenate(tables), begin, np.array(lowest)
+
+
+def _codes(magnitudes: Floats) -> Starts:
+    bits = magnitudes.astype(np.float32).view(np.uint32).astype(np.int64)
+    return (bits + 0x8000) >> 16
+
+
+def _gain(bins: Floats, table: tuple[Starts, int], step: Floats, levels: int) -> Floats:
     """What all levels above 0 gain, ``(P,)``, on one side."""
     if bins.shape[1] == 0:
         return np.zeros(step.shape)
     boundary = (np.arange(levels) + 0.5) * step[:, None]
-    at = np.searchsorted(bins[1], boundary, side="right")
+    at = table[0].take(_codes(boundary) - table[1], mode="clip")
+    for _ in range(_SAME):
+        at += bins[1].take(at, mode="clip") <= boundary
     inside = at < bins.shape[1]
     low, _, half_density, count, total = bins.take(np.where(inside, at, 0), axis=1)
     excess = total - boundary * count + half_density * np.square(np.maximum(boundary - low, 0))
@@ -79,27 +107,31 @@ def _gain(bins: Floats, step: Floats, levels: int) -> Floats:
 
 
 @kernel()
-def _gains(bins: Floats, starts: Starts, steps: Floats, levels: tuple[int, int]) -> Floats:
+def _gains(
+    bins: Floats,
+    tables: tuple[Starts, Starts, Starts, Starts],
+    steps: Floats,
+    levels: tuple[int, int],
+) -> Floats:
     low, high, half_density, count, total = bins[0], bins[1], bins[2], bins[3], bins[4]
+    starts, table, begin, lowest = tables
     gain = np.zeros(steps.shape)
     for side in range(starts.size - 1):
         first, last = starts[side], starts[side + 1]
-        lowest, before = first, 0.0
+        own, group = table[begin[side] : begin[side + 1]], side // 2
+        if first == last:
+            continue
         for index in range(steps.shape[0]):
-            step, excess = steps[index, side // 2], 0.0
-            if step < before:
-                lowest = first
-            before = step
-            while lowest < last and high[lowest] <= step / 2:  # often steps ascend
-                lowest += 1
-            at = lowest
+            step, excess = steps[index, group], 0.0
             for level in range(levels[side % 2]):
                 boundary = (level + 0.5) * step
+                code = (np.int64(np.float32(boundary).view(np.uint32)) + 0x8000) >> 16
+                at = first + own[min(max(code - lowest[side], 0), own.size - 1)]
                 while at < last and high[at] <= boundary:
                     at += 1
                 if at == last:
                     break
                 part = max(boundary - low[at], 0.0)
                 excess += total[at] - boundary * count[at] + half_density[at] * part * part
-            gain[index, side // 2] += 2 * step * excess
+            gain[index, group] += 2 * step * excess
     return gain

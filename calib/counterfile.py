@@ -22,11 +22,11 @@ def write_counters(path: Path, manifest: Mapping[str, Any], groups: Mapping[str,
     arrays: dict[str, Any] = {_MANIFEST: np.frombuffer(json.dumps(manifest).encode(), np.uint8)}
     for group, counters in groups.items():
         for position, counter in enumerate(counters.values()):
-            codes = np.flatnonzero(counter.counts)
+            codes, counts = counter.bins()
             exact = [counter.min, counter.max, counter.n_zero, counter.n_nan, counter.n_inf]
             key = f"{group}.{position}"
             arrays[f"{key}.codes"] = codes.astype(np.uint16)
-            arrays[f"{key}.counts"] = counter.counts[codes]
+            arrays[f"{key}.counts"] = counts
             arrays[f"{key}.exact"] = np.array(exact, np.float64)
     with path.open("wb") as stream:
         np.savez_compressed(stream, **arrays)

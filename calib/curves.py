@@ -149,13 +149,13 @@ def _count_weight(model: Model, spec: TensorSpec) -> tuple[Counter, Floats]:
 
 
 def _magnitudes(counter: Counter) -> tuple[Floats, NDArray[np.int64]]:
-    largest = max(abs(counter.min), abs(counter.max)) if counter.n_finite else 0.0
-    codes = np.flatnonzero(counter.counts)
+    codes, times = counter.bins()
+    largest = max(abs(counter.min), abs(counter.max)) if codes.size else 0.0
     values = np.abs((codes.astype(np.uint32) << np.uint32(16)).view(np.float32))
     edges = np.linspace(0.0, largest or 1.0, _BINS + 1)
     bins = np.searchsorted(edges, np.minimum(values, edges[-1]), side="right") - 1
     counts: NDArray[np.int64] = np.zeros(_BINS, np.int64)
-    np.add.at(counts, np.minimum(bins, _BINS - 1), counter.counts[codes])
+    np.add.at(counts, np.minimum(bins, _BINS - 1), times)
     return edges, counts
 
 

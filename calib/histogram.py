@@ -28,9 +28,7 @@ class Histogram:
     def __init__(self, *counters: Counter):
         self._bounds = np.array([[counter.min, counter.max] for counter in counters])
         self._largest: Floats = np.abs(self._bounds).max(axis=1)
-        tables = [counter.counts for counter in counters]
-        self._codes = [np.flatnonzero(table != 0) for table in tables]
-        self._counts = [table[codes] for table, codes in zip(tables, self._codes, strict=True)]
+        self._codes, self._counts = zip(*(counter.bins() for counter in counters), strict=True)
         self._count = np.array([counts.sum() for counts in self._counts], np.float64)
 
     @property

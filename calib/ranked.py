@@ -30,6 +30,7 @@ class Ranked:
     def __init__(self, pieces: Sequence[Values], counts: Sequence[NDArray[np.int64]] | None = None):
         self.starts = starts_of(pieces)
         self._shapes = [piece.shape for piece in pieces]
+        self._known: dict[tuple[str, float], Floats] = {}
         magnitudes = [np.abs(piece) for piece in pieces]
         self._counts: NDArray[np.int64] | None = None
         if counts is None:
@@ -41,12 +42,12 @@ class Ranked:
             self._counts = joined(list(map(_taken, counts, orders)))
         self.magnitude: NDArray[Any] = joined(magnitudes)
 
-    @property
+    @cached_property
     def length(self) -> Ranks:
         """How many magnitudes each group has, ``(G,)``."""
         return np.diff(self.starts)
 
-    @property
+    @cached_property
     def largest(self) -> Floats:
         """The last of each group, ``(G,)``."""
         return self.magnitude[self.starts[1:] - 1].astype(np.float64)
@@ -92,8 +93,12 @@ class Ranked:
 
     def at(self, sums: Floats, rank: Ranks) -> Floats:
         """``sums`` of each group from ``rank`` ``(..., G)`` on."""
-        groups = self.starts.size - 1
-        return np.asarray(sums.take(self.starts[:-1] + np.arange(groups) + rank))
+        return np.asarray(sums.take(self._sums + rank))
+
+    @cached_property
+    def _sums(self) -> Ranks:
+        """Where sums of each group begin."""
+        return np.asarray(self.starts[:-1] + np.arange(self.starts.size - 1))
 
     def rank(self, t: Floats) -> Ranks:
         """How many magnitudes of each group are ≤ ``t`` ``(..., G)``."""
@@ -112,12 +117,24 @@ class Ranked:
 
     def quantile(self, q: float) -> Floats:
         """The smallest magnitude that at least a fraction ``q`` of all values do not exceed."""
+        return self._once("quantile", self._quantile, q)
+
+    def _once(self, what: str, answer: Callable[[float], Floats], value: float) -> Floats:
+        """``answer(value)``, which several methods and widths ask for."""
+        if (what, value) not in self._known:
+            self._known[what, value] = answer(value)
+        return self._known[what, value].copy()
+
+    def _quantile(self, q: float) -> Floats:
         everything = self.count_at(np.zeros(self.starts.size - 1, np.intp))
         # The tolerance keeps q·N from landing a rounding error above the integer that it is.
         wanted = q * everything * (1 - 1e-12)
-        rank = self._first(
-            wanted.shape, lambda _at, rank: everything - self.count_at(rank + 1) < wanted
-        )
+        if self.count is None:
+            rank = np.maximum(np.ceil(wanted).astype(np.intp) - 1, 0)
+        else:
+            rank = self._first(
+                wanted.shape, lambda _at, rank: everything - self.count_at(rank + 1) < wanted
+            )
         at = self.starts[:-1] + np.minimum(rank, self.length - 1)
         return self.magnitude.take(at).astype(np.float64)
 
@@ -128,6 +145,9 @@ class Ranked:
         h increases strictly, linearly between magnitudes: the place is found by bisection of the
         ranks. It is the largest magnitude if h is below 0 before it.
         """
+        return self._once("fixed point", self._fixed_point, noise)
+
+    def _fixed_point(self, noise: float) -> Floats:
         none = np.empty(0)
         if compiled.enabled() and self.magnitude.dtype == np.float32:
             count = none if self.count is None else self.count

@@ -6,6 +6,7 @@ NumPy does it in float64.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ Starts = NDArray[np.int64]
 # Sums may be reordered, but ``x - level·step`` is not one operation: on the grid it is exactly 0.
 _REORDERED: Any = {"reassoc", "nnan", "nsz"}
 _CACHED = 1 << 15  # values
-_FEW_STEPS = 3
-_ROW = 256  # values that are soon gone through
+_A_LEVEL = 8  # as many values are gone through in the time that one takes
+_EDGES, _FEWER_EDGES = 2048, 512
+_NEARLY, _NOISE = 1 + 1e-5, 1e-12
 _TINY = 1e-30  # below, the smallest scale may be larger than the one wanted
 _SMALLEST_STEP = 2.0**-126
 _LARGEST = float(np.finfo(np.float32).max) * (1 - 1e-7)
@@ -51,6 +53,62 @@ def plain_squared_errors(piece: Singles, steps: Singles, levels: Singles, unit: 
                 np.multiply(error, unit[part, None], out=error)
                 found[:] = np.einsum("gn,gn->g", error, error)
     return errors / unit.astype(np.float64) ** 2
+
+
+def plain_least_errors(
+    rows: Singles, excess: Floats, squares: Floats, grid: tuple[int, int]
+) -> Starts:
+    """As `least_errors`, of ``rows`` ``(G, N)`` and their `plain_excesses`, in NumPy: the bounds
+    of all groups are one product of matrices."""
+    steps, points = grid
+    largest = rows[:, -1].astype(np.float64)
+    gains = excess @ _line_weights(steps, points, excess.shape[1] - 1)
+    bounds = squares[:, None] - largest[:, None] * gains
+    bounds[(largest > 0) & (largest < _TINY)] = -np.inf
+    best, least = np.full(len(rows), points), np.full(len(rows), np.inf)
+    levels, unit = np.array([-steps, steps], np.float32), units(largest)
+    hopeful = np.arange(len(rows))
+    for _ in range(points):
+        at = np.argmin(bounds[hopeful], axis=1)
+        enough = least[hopeful] * _NEARLY + squares[hopeful] * _NOISE
+        kept = bounds[hopeful, at] <= enough
+        hopeful, at = hopeful[kept], at[kept]
+        if not hopeful.size:
+            break
+        bounds[hopeful, at] = np.inf
+        step = (at + 1) / points * largest[hopeful] / steps
+        step = np.clip(step, _SMALLEST_STEP, _LARGEST / steps).astype(np.float32)
+        error = plain_squared_errors(rows[hopeful], step[None], levels, unit[hopeful])[0]
+        better = (error < least[hopeful]) | ((error == least[hopeful]) & (at < best[hopeful]))
+        best[hopeful[better]], least[hopeful[better]] = at[better], error[better]
+    return best + 1
+
+
+def plain_excesses(rows: Singles, sums: Floats) -> Floats:
+    """As `excesses`, of ``rows`` ``(G, N)`` with their ``sums`` ``(G, N + 1)``: ``(G, m + 1)``."""
+    edges = min(rows.shape[1], _FEWER_EDGES)
+    width = np.where(rows[:, -1:] > 0, rows[:, -1:].astype(np.float64), 1) / edges
+    edge = np.minimum((rows * (1 / width)).astype(np.intp), edges)
+    edge += np.arange(len(rows))[:, None] * (edges + 1)
+    counts = np.bincount(edge.ravel(), minlength=len(rows) * (edges + 1)).reshape(-1, edges + 1)
+    rank = np.cumsum(counts, axis=1) - counts
+    above = rows.shape[1] - rank
+    excess = np.take_along_axis(sums, rank, axis=1)
+    return np.asarray(excess - np.arange(edges + 1) * width * above)
+
+
+@lru_cache(32)
+def _line_weights(steps: int, points: int, edges: int) -> Floats:
+    """What each of the excesses at ``edges`` adds to the gain of each k, ``(edges + 1, points)``,
+    in units of the largest magnitude."""
+    step = np.arange(1, points + 1)[:, None] / (points * steps)
+    boundary = (np.arange(steps) + 0.5) * step * edges
+    edge = boundary.astype(np.intp)
+    column = np.broadcast_to(np.arange(points)[:, None], edge.shape)
+    weights = np.zeros((edges + 1, points))
+    np.add.at(weights, (edge, column), (1 - (boundary - edge)) * 2 * step)
+    np.add.at(weights, (edge + 1, column), (boundary - edge) * 2 * step)
+    return weights
 
 
 @kernel()
@@ -125,46 +183,114 @@ def squared_errors(
 
 
 @kernel()
+def excesses(magnitude: Singles, sums: Floats, starts: Starts) -> Floats:
+    """For each group the sum of ``|x| - t`` over the magnitudes above ``t = j / m · max|x|``, j =
+    0 … m; m is the number of values, or `_EDGES`. Laid out as ``sums``, see `calib.ranked`."""
+    table, above = np.empty(sums.size), np.empty(_EDGES + 1, np.int64)
+    for group in range(starts.size - 1):
+        row = magnitude[starts[group] : starts[group + 1]]
+        part = slice(starts[group] + group, starts[group + 1] + group + 1)
+        own, total = table[part], sums[part]
+        edges = min(row.size, _EDGES)
+        width = max(np.float64(row[-1]), _TINY) / edges
+        per_width, rank = (1 - 1e-12) / width, np.int64(row.size)
+        above[: edges + 1] = row.size
+        for at in range(row.size - 1, -1, -1):
+            above[int(row[at] * per_width)] = at
+        for edge in range(edges, -1, -1):
+            less = above[edge] - rank
+            rank += less & (less >> 63)  # the minimum, without a branch
+            own[edge] = total[rank] - edge * width * (row.size - rank)
+    return table
+
+
+@kernel()
 def least_errors(
-    magnitude: Singles, sums: Floats, starts: Starts, start: Starts, grid: tuple[int, int]
+    ranked: tuple[Singles, Floats],
+    squares: Floats,
+    starts: Starts,
+    start: Starts,
+    grid: tuple[int, int],
 ) -> Starts:
     """Which of the thresholds ``k / points · max|x|``, k = 1 … points, has the least error on a
     grid that is symmetric, of several the smallest: k of each group, ``(G,)``.
 
     Args:
-        magnitude: ``(N,)``, the groups behind one another, ascending in each.
-        sums: of the magnitudes from each on to the end of its group, see `calib.ranked`.
+        ranked: magnitudes ``(N,)``, the groups behind one another, ascending in each; and their
+            `excesses`.
+        squares: the sum of squares of each group, ``(G,)``.
         starts: where they begin, ``(G + 1,)``.
         start: the k to begin with, ``(G,)``: the better, the sooner the others are ruled out.
         grid: its steps, and points.
     """
-    best = np.empty(start.size, np.int64)
+    magnitude, table = ranked
+    best, bounds = np.empty(start.size, np.int64), np.empty(grid[1] + 1)
     for group in range(start.size):
         first, last = starts[group], starts[group + 1]
         row = magnitude[first:last]
-        few = grid[0] <= _FEW_STEPS and _ROW * (grid[0] - 1) <= row.size
-        if few and row[row.size - 1] > _TINY:
-            best[group] = _most_gain(row, sums[first + group : last + group + 1], grid)
+        if _A_LEVEL * grid[0] <= row.size and row[-1] > _TINY:
+            excess = table[first + group : first + group + min(row.size, _EDGES) + 1]
+            best[group] = _least_bounded(bounds, row, excess, squares[group], grid[0])
         else:
             best[group] = _least_error(row, start[group], grid)
     return best
 
 
 @kernel()
-def _most_gain(row: Singles, sums: Floats, grid: tuple[int, int]) -> int:
-    """The k with the least error, by the formula of `calib.cells`: with few levels that takes less
-    than going through all values."""
-    steps, points = grid
-    n, step = row.size, np.float64(row[-1]) / (points * steps)  # of k = 1
-    gain = np.zeros(points)
-    for level in range(steps):
-        at = 0
-        for k in range(1, points + 1):
-            boundary = (level + 0.5) * k * step
-            while at < n and row[at] <= boundary:
-                at += 1
-            gain[k - 1] += k * (sums[at] - boundary * (n - at))
-    return int(np.argmax(gain)) + 1
+def _least_bounded(bounds: Floats, row: Singles, excess: Floats, square: float, steps: int) -> int:
+    """The k with the least error, of several the smallest; only what ``bounds``, which are set
+    here, do not rule out is gone through."""
+    lowest, clipped = _bound(bounds, excess, steps, np.float64(row[-1]), square)
+    grid, best, least = (steps, bounds.size - 1), 0, np.inf
+    for _ in range(bounds.size):
+        k = lowest + int(np.argmin(bounds[lowest:]))
+        if bounds[k] > least * _NEARLY + square * _NOISE:
+            break
+        bounds[k] = np.inf
+        error = _error_at(k, row, grid, least)
+        if error < least or (error == least and k < best):
+            best, least = k, error
+    if lowest > 1 and clipped <= least * _NEARLY:  # lower ones were left out too soon
+        return _least_error(row, best, grid)
+    return best
+
+
+@kernel()
+def _bound(
+    bounds: Floats, excess: Floats, steps: int, largest: float, square: float
+) -> tuple[int, float]:
+    """Sets lower bounds of the squared errors of k = ``points`` downward, until what is clipped is
+    twice the least bound. Returns the last k, and what it clips at least.
+
+    By the formula of `calib.cells`: the sum of excesses lies below the line from one of ``excess``
+    to the next. It takes a look-up for each level, however many values there are.
+    """
+    points, edges = bounds.size - 1, excess.size - 1
+    clipped, least = 0.0, square
+    for k in range(points, 0, -1):
+        step = k / (points * steps)
+        gain = 0.0
+        for level in range(steps):
+            boundary = (level + 0.5) * step * edges
+            edge = int(boundary)
+            low, high = excess[edge], excess[edge + 1]
+            gain += low + (boundary - edge) * (high - low)
+        bounds[k] = square - 2 * step * largest * gain
+        least = min(least, bounds[k])
+        if clipped > 2 * least:
+            return k, clipped
+        # From one threshold to the next, what is clipped grows by this at least.
+        clipped += 2 * largest / points * excess[min(k * edges // points + 1, edges)]
+    return 1, clipped
+
+
+@kernel()
+def _error_at(k: int, row: Singles, grid: tuple[int, int], enough: float) -> float:
+    largest = np.float64(row[-1])
+    unit = np.float32(1 / min(max(largest, 1e-36), 1e36))
+    limits = grid[0], unit, enough * np.float64(unit) ** 2
+    error, _, _ = _error_up_to(row, row.size, k / grid[1] * largest, limits)
+    return error / np.float64(unit) ** 2
 
 
 @kernel()

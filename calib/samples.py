@@ -15,15 +15,22 @@ from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.ranked import Floats, Ranked, joined, starts_of
-from calib.rounding import least_errors, moments, plain_squared_errors, squared_errors, units
-
-_TOGETHER = 10  # thresholds
+from calib.rounding import (
+    excesses,
+    least_errors,
+    moments,
+    plain_excesses,
+    plain_least_errors,
+    plain_squared_errors,
+    squared_errors,
+    units,
+)
 
 
 class Samples:
     """Raw values of shape ``(G, N)``, optionally each standing for ``counts`` values.
 
-    The input is never modified and may be read-only. Memory: up to 32 bytes a value on top.
+    The input is never modified and may be read-only. Memory: up to 40 bytes a value on top.
     """
 
     def __init__(self, values: NDArray[np.floating], counts: NDArray[np.int64] | None = None):
@@ -80,34 +87,20 @@ class Samples:
         return self._ranked.fixed_point(noise)
 
     def least_mse(self, points: int, qtype: QuantType) -> Floats:
-        """See `Seeking`. What is clipped is known at once: no threshold is tried that clips more
-        than another one's whole error."""
+        """See `Seeking`."""
         if not (self._single(qtype) and (qtype.narrow or not self.has_negative)):
             return sweep(self, points, qtype)
-        ranked, largest = self._ranked, self.max_abs()
-        guess = self.fixed_point(qtype.rounding_noise) / np.where(largest > 0, largest, 1)
-        start = np.clip(np.rint(guess * points), 1, points).astype(np.int64)
+        largest, squares = self._moments
+        grid, best = (qtype.steps, points), np.empty(self.groups, np.int64)
         if compiled.enabled():
-            grid = qtype.steps, points
-            best = least_errors(ranked.magnitude, ranked.sum, self._starts, start, grid)
-            return best / points * largest
-        fractions = np.arange(1, points + 1)[:, None] / points
-        least = self.mse(start / points * largest, qtype) * (1 + 1e-5)
-        errors = np.full((points, self.groups), np.inf)
-        for tried in np.array_split(np.arange(points), max(1, points // _TOGETHER)):
-            t = fractions[tried] * largest
-            hopeful = np.flatnonzero(self.squared_excess(t[-1]) <= least * self.count())
-            if hopeful.size:
-                errors[np.ix_(tried, hopeful)] = self._part(hopeful).mse(t[:, hopeful], qtype)
-        return np.asarray(fractions[np.argmin(errors, axis=0), 0] * largest)
-
-    def _part(self, groups: NDArray[np.intp]) -> Samples:
-        """Only ``groups``, which ascend."""
-        ends = np.cumsum([len(piece) for piece in self._pieces])
-        cut = np.split(groups, np.searchsorted(groups, ends[:-1]))
-        first = ends - [len(piece) for piece in self._pieces]
-        pairs = zip(self._pieces, cut, first, strict=True)
-        return Samples.stacked([piece[own - start] for piece, own, start in pairs if own.size])
+            guess = self.fixed_point(qtype.rounding_noise) / np.where(largest > 0, largest, 1)
+            start = np.clip(np.rint(guess * points), 1, points).astype(np.int64)
+            table = self._ranked.magnitude, self._excesses
+            best = least_errors(table, squares, self._starts, start, grid)
+        else:
+            for groups, rows, excess in self._by_length:
+                best[groups] = plain_least_errors(rows, excess, squares[groups], grid)
+        return best / points * largest
 
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         thresholds = np.asarray(t, np.float64).reshape(-1, self.groups)
@@ -170,6 +163,22 @@ class Samples:
             np.concatenate(largest).astype(np.float64),
             np.concatenate([part.sum(axis=1) for part in squares]),
         )
+
+    @cached_property
+    def _excesses(self) -> Floats:
+        return excesses(self._ranked.magnitude, self._ranked.sum, self._starts)
+
+    @cached_property
+    def _by_length(self) -> list[tuple[NDArray[np.intp], NDArray[np.float32], Floats]]:
+        """Groups that are as long, their magnitudes ``(G, N)`` and the excesses of these."""
+        ranked, found = self._ranked, []
+        for n in np.unique(ranked.length):
+            groups = np.flatnonzero(ranked.length == n)
+            first = ranked.starts[groups][:, None]
+            rows = ranked.magnitude[first + np.arange(n)]
+            sums = ranked.sum[first + groups[:, None] + np.arange(n + 1)]
+            found.append((groups, rows, plain_excesses(rows, sums)))
+        return found
 
     @cached_property
     def _ranked(self) -> Ranked:

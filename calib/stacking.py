@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from calib.qtypes import QuantType
 from calib.quantize import scale_from_threshold
 
 _MOST_WORKERS = 4  # each has memory of its own
+_LITTLE = 1 << 19  # values
 _NONE = np.zeros((3, 1), np.bool_)
 
 Item = TypeVar("Item")
@@ -168,13 +170,22 @@ def _measured(
     ]
 
 
-def spread(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def spread(work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]) -> Iterator[Result]:
     """``work`` of each of ``items``, in their order, on all cores; few are begun ahead, so that
-    few take memory."""
+    few take memory. With each comes its size: threads are not begun for little."""
+    ahead, size, rest = list[Item](), 0, iter(items)
+    for item, own in rest:
+        ahead.append(item)
+        size += own
+        if size > _LITTLE:
+            break
+    else:
+        yield from map(work, ahead)
+        return
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         begun: deque[Future[Result]] = deque()
-        for item in items:
+        for item in chain(ahead, (item for item, _ in rest)):
             begun.append(pool.submit(work, item))
             if len(begun) > workers:
                 yield begun.popleft().result()

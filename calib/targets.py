@@ -6,6 +6,7 @@ The placement is the paper's: both inputs of every Conv, ConvTranspose, Gemm and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from calib.prepare import QUANTIZABLE_OPS
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths, found
 
 __all__ = ["Plan", "Reduction", "Rules", "Selection", "TensorSpec", "Widths", "make_plan"]
+
+# By the graph of a model, which does not change: many plans are made for one model.
+_USES: WeakKeyDictionary[object, tuple[tuple[Use, ...], tuple[Skipped, ...]]] = WeakKeyDictionary()
+_FINITE: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,9 @@ def make_plan(model: Model, rules: Rules) -> Plan:
         ModelError: if the model has nothing to quantize, or a weight is not finite.
         OptionError: if the selection or a rule matches nothing, or they leave nothing.
     """
-    uses, skipped = quantizable_uses(model)
+    if model.ir not in _USES:
+        _USES[model.ir] = quantizable_uses(model)
+    uses, skipped = _USES[model.ir]
     if not uses:
         first = one_line(f": {skipped[0].name}: {skipped[0].reason}" if skipped else "")
         raise ModelError(
@@ -73,10 +80,16 @@ def make_plan(model: Model, rules: Rules) -> Plan:
         last = ", --op-types and rules" if rules.overrides else " and --op-types"
         raise OptionError(f"nothing left to quantize: --only, --exclude{last} leave none")
     specs = tuple(_merge(group, rules) for group in chosen.values())
-    for spec in specs:
-        if spec.kind == "weight" and not np.isfinite(model.weight(spec.name)).all():
-            raise ModelError(f"{model.path}: weight {spec.name!r} holds NaN or infinity")
+    _check_finite(model, [spec.name for spec in specs if spec.kind == "weight"])
     return Plan(specs, (*left_out, *skipped))
+
+
+def _check_finite(model: Model, weights: list[str]) -> None:
+    known = _FINITE.setdefault(model.ir, set())
+    for name in weights:
+        if name not in known and not np.isfinite(model.weight(name)).all():
+            raise ModelError(f"{model.path}: weight {name!r} holds NaN or infinity")
+        known.add(name)
 
 
 def _check_patterns(uses: tuple[Use, ...], rules: Rules) -> None:

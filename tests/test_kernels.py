@@ -124,6 +124,22 @@ def test_no_threshold_of_the_sweep_has_less_error_than_the_one_that_is_found(
     np.testing.assert_allclose(found, errors.min(axis=0), rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_threshold_that_is_found_is_that_of_the_sweep_also_where_several_are_as_good(
+    bits: int, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(compiled, "enabled", lambda: False)
+    qtype, rng = QuantType(bits, signed=True, narrow=True), np.random.default_rng(7)
+    ternary = rng.integers(-1, 2, (3, 4096)) * np.array([[0.5], [3.0], [1e-20]])
+    lattice = rng.integers(-15, 16, (3, 4096)) / 16
+    heavy = rng.standard_cauchy((3, 4096))
+    for values in (array.astype(np.float32) for array in (ternary, lattice, heavy)):
+        dist = Samples(values)
+        np.testing.assert_array_equal(dist.least_mse(100, qtype), sweep(dist, 100, qtype))
+
+
 def error_of_every_bin(counter: Counter, t: float, qtype: QuantType) -> float:
     """The mean squared error of values that spread evenly over their bin, by the antiderivative
     of the squared error: continuous, so that clipping is included."""
