@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from calib.compiled import enabled, kernel
 
 N_CODES = 1 << 16
-_LANES = 4
+_LANES = 2
 _CHUNK = 1 << 18
 _CACHED = 1 << 12
 _MANY = 1 << 16
@@ -54,7 +54,7 @@ class Counter:
         only. Values beyond the largest bfloat16 count as that one."""
         if self._lanes is not None and self._in_lanes:
             for codes in self._used():
-                _fold(self._lanes[codes], self._counts[codes])
+                _fold(self._lanes[:, codes], self._counts[codes])
             self._in_lanes = 0
         return self._counts
 
@@ -95,7 +95,7 @@ class Counter:
 
     def _update_compiled(self, chunk: NDArray[np.float32]) -> None:
         if self._lanes is None:
-            self._lanes = np.zeros((N_CODES, _LANES), np.uint32)
+            self._lanes = np.zeros((_LANES, N_CODES), np.uint32)
         if self._in_lanes + chunk.size > _FULL:
             _ = self.counts
         self._in_lanes += chunk.size
@@ -182,22 +182,26 @@ def _count(
 
     Returns how many were counted, their minimum and maximum, and how many are zero.
     """
-    low, top, high, n_zero = np.uint32(0xFFFFFFFF), np.uint32(0), np.int32(-0x80000000), 0
-    done = 0
+    low, top, high = np.uint32(0xFFFFFFFF), np.uint32(0), np.int32(-0x80000000)
+    n_zero = np.int64(0)
+    done, near_zero = 0, _near_zero(lanes)
     while done < bits.size:
         stop = min(done + _CACHED, bits.size)
         _add(bits, pairs, (done, stop), lanes, np.uint32(1))
         # From the cache by now: counting first hides how long memory takes.
-        a, b, c, zeros = _ends(bits[done:stop], signed[done:stop])
+        a, b, c = _ends(bits[done:stop], signed[done:stop])
         if b >= np.uint32(0xFF7F8000) or c >= np.int32(0x7F7F8000):
             _add(bits, pairs, (done, stop), lanes, np.uint32(0xFFFFFFFF))
             break
-        low, top, high, n_zero = min(low, a), max(top, b), max(high, c), n_zero + int(zeros)
+        low, top, high = min(low, a), max(top, b), max(high, c)
+        if _near_zero(lanes) != near_zero:
+            near_zero = _near_zero(lanes)
+            n_zero += _zeros(bits[done:stop])
         done = stop
     # The largest bits are those of the most negative value, if there is one.
     least = top if top >= np.uint32(0x80000000) else low
     most = np.uint32(high) if high >= 0 else low
-    return done, _value(least), _value(most), n_zero
+    return done, _value(least), _value(most), int(n_zero)
 
 
 @kernel()
@@ -211,25 +215,21 @@ def _add(
     """Adds ``times``, 1 or -1, for each value of ``span``."""
     half, word, long = np.uint64(0x800000008000), np.uint64(16), np.uint64(48)
     mask = np.uint64(0xFFFF)
-    first, last = span[0] // 2, span[1] // 2
-    for i in range(first, last - 1, 2):
-        pair, other = pairs[i] + half, pairs[i + 1] + half
-        lanes[(pair >> word) & mask, 0] += times
-        lanes[pair >> long, 1] += times
-        lanes[(other >> word) & mask, 2] += times
-        lanes[other >> long, 3] += times
-    for i in range(span[0] + (last - first) // 2 * 4, span[1]):
-        lanes[np.uint32(bits[i] + np.uint32(0x8000)) >> np.uint32(16), 0] += times
+    for two in pairs[span[0] // 2 : span[1] // 2]:
+        pair = two + half
+        lanes[0, (pair >> word) & mask] += times
+        lanes[1, pair >> long] += times
+    if span[1] % 2:
+        lanes[0, np.uint32(bits[span[1] - 1] + np.uint32(0x8000)) >> np.uint32(16)] += times
 
 
 @kernel()
 def _fold(lanes: NDArray[np.uint32], counts: NDArray[np.int64]) -> None:
     """Moves what was counted in ``lanes`` to ``counts``."""
     for code in range(len(counts)):
-        if lanes[code, 0] or lanes[code, 1] or lanes[code, 2] or lanes[code, 3]:
-            for lane in range(4):
-                counts[code] += lanes[code, lane]
-                lanes[code, lane] = 0
+        if lanes[0, code] or lanes[1, code]:
+            counts[code] += lanes[0, code] + np.int64(lanes[1, code])
+            lanes[0, code] = lanes[1, code] = 0
 
 
 @kernel()
@@ -240,17 +240,32 @@ def _value(bits: np.uint32) -> float:
 @kernel()
 def _ends(
     bits: NDArray[np.uint32], signed: NDArray[np.int32]
-) -> tuple[np.uint32, np.uint32, np.int32, np.uint32]:
-    """The smallest bits, the largest, the largest as signed; and how many values are zero."""
-    low, top, high, zeros = np.uint32(0xFFFFFFFF), np.uint32(0), np.int32(-0x80000000), np.uint32(0)
+) -> tuple[np.uint32, np.uint32, np.int32]:
+    """The smallest bits, the largest, and the largest as signed."""
+    low, top, high = np.uint32(0xFFFFFFFF), np.uint32(0), np.int32(-0x80000000)
     for i in range(bits.size):
         b, s = bits[i], signed[i]
         low = b if b < low else low
         top = b if b > top else top
         high = s if s > high else high
-        magnitude = np.uint32(b & np.uint32(0x7FFFFFFF))
+    return low, top, high
+
+
+@kernel()
+def _near_zero(lanes: NDArray[np.uint32]) -> np.uint32:
+    """What has counted zeros, and magnitudes that round to zero; it grows with each."""
+    positive, negative = lanes[0, 0] + lanes[1, 0], lanes[0, 0x8000] + lanes[1, 0x8000]
+    return np.uint32(positive + negative)
+
+
+@kernel()
+def _zeros(bits: NDArray[np.uint32]) -> np.int64:
+    """How many values are zero, of either sign."""
+    zeros = np.uint32(0)
+    for i in range(bits.size):  # in this form, it is vectorized
+        magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
         zeros = np.uint32(zeros + (np.uint32(magnitude - np.uint32(1)) >> np.uint32(31)))
-    return low, top, high, zeros
+    return np.int64(zeros)
 
 
 @kernel()
