@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calib.bounds import Bounds as Bounds
     from calib.calibration import calibrate as calibrate
+    from calib.calibration import calibrate_each as calibrate_each
     from calib.calibrators import Calibrator as Calibrator
     from calib.comparison import Comparison as Comparison
     from calib.comparison import evaluate as evaluate
@@ -61,6 +62,7 @@ _HOME = {
     "check_models": "gate",
     "compare_methods": "surveying",
     "calibrate": "calibration",
+    "calibrate_each": "calibration",
     "Calibrator": "calibrators",
     "Config": "config",
     "Reading": "data",
