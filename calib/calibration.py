@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.calibrators import Calibrator, make
+from calib.calibrators import Calibrator, is_built_in, make
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS
 from calib.errors import CalibError, ObservationsError
@@ -17,7 +17,16 @@ from calib.granularity import PerTensor, pieces, to_groups
 from calib.graph import Model, Skipped
 from calib.observations import Observations
 from calib.qtypes import QuantType
-from calib.stacking import Answers, Asked, merged, of_batches, of_counters, of_values, spread
+from calib.stacking import (
+    Answers,
+    Asked,
+    merged,
+    of_batches,
+    of_counters,
+    of_values,
+    one_by_one,
+    spread,
+)
 from calib.table import CalibrationTable, TensorRecord, decibels
 from calib.targets import Plan, Reduction, Rules, TensorSpec
 
@@ -112,9 +121,15 @@ class _Tensor:
         return self.counter is not None and self.counter.min < 0
 
     @property
+    def built_in(self) -> bool:
+        """Whether only calibrators of ours are asked."""
+        return all(is_built_in(question.calibrator) for question in self.questions)
+
+    @property
     def stack(self) -> Hashable:
-        """The same of tensors that can be dealt with together."""
-        alone = None if self.batches is None else id(self)
+        """The same of tensors that can be dealt with together; a third party's calibrators see one
+        at a time."""
+        alone = id(self) if self.batches is not None or not self.built_in else None
         return tuple(self._known), self.dtype, self.counter is None, self.signed, alone
 
     @cached_property
@@ -213,10 +228,12 @@ def _answer_stacked(model: Model, tensors: Sequence[_Tensor]) -> None:
     stacks: dict[Hashable, list[_Tensor]] = {}
     for tensor in tensors:
         stacks.setdefault(tensor.stack, []).append(tensor)
-    portions = (portion for stack in stacks.values() for portion in _portions(model, stack))
-    for owners, answers in spread(lambda portion: (portion[0], portion[1]()), portions):
-        for owner, part in zip(owners, answers, strict=True):
-            owner.parts.append(part)
+    for built_in, share in ((True, spread), (False, one_by_one)):
+        chosen = (stack for stack in stacks.values() if stack[0].built_in == built_in)
+        portions = (portion for stack in chosen for portion in _portions(model, stack))
+        for owners, answers in share(lambda portion: (portion[0], portion[1]()), portions):
+            for owner, part in zip(owners, answers, strict=True):
+                owner.parts.append(part)
 
 
 _Portion = tuple[list[_Tensor], Callable[[], list[Answers]]]

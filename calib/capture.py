@@ -328,6 +328,7 @@ def _is_shared(value: ir.Value) -> bool:
         and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
         and tensor.nbytes >= _SHARED_BYTES
         and not value.is_graph_input()
+        and bool(value.uses())  # onnxruntime removes others before it would read them
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -28,6 +30,9 @@ _START_S = 120  # reading libraries from a cold disk, most of all
 _POLL_S = 0.02
 _FIRST = "FIRST_COMPLETED"
 _PACKAGE = "octav-calibrate"
+# Dask raises asyncio's, another class than the built-in one on Python 3.10.
+_TIMEOUTS = (TimeoutError, asyncio.TimeoutError)
+_LOST = "scheduler: the connection to it was lost: start again"
 _LOGGERS = ("distributed", "distributed.client", "tornado.application")
 
 Client = Any
@@ -147,7 +152,7 @@ def _client(address: Any) -> Client:
 def _check_workers(client: Client, scheduler: str) -> None:
     try:
         client.wait_for_workers(1, timeout=_PATIENCE_S)
-    except TimeoutError as error:
+    except _TIMEOUTS as error:
         raise ClusterError(
             f"scheduler: {scheduler} has had no worker for {_PATIENCE_S} s: start one with "
             f"dask worker {scheduler}"
@@ -248,9 +253,11 @@ def _finished(client: Client, futures: Sequence[Any]) -> Sequence[Any]:
             done: Sequence[Any] = (
                 _dask().wait(futures, timeout=_PATIENCE_S, return_when=_FIRST).done
             )
-        except TimeoutError:
+        except _TIMEOUTS:
             if not client.nthreads():
                 raise ClusterError(f"all workers have been gone for {_PATIENCE_S} s") from None
+        except CancelledError as error:
+            raise ClusterError(_LOST) from error
         else:
             return done
 
@@ -261,6 +268,8 @@ def _result(future: Any, shard: Shard) -> Counted | Uneven | CalibError:
     except MemoryError:
         raise
     except Exception as error:
+        if isinstance(error, CancelledError) or type(error).__name__ == "CommClosedError":
+            raise ClusterError(_LOST) from error
         died = type(error).__name__ == "KilledWorker"
         reason = (
             "several workers died of them, for lack of memory most likely: try --max-memory or a "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from calib.prepare import inner_nodes
 from calib.shapes import value_bytes
 
 _MEGABYTE = 1_000_000
-_COUNTER_BYTES = 300_000  # of the tables, which are mostly empty
+_COUNTER_BYTES = 400_000  # of the tables, which are mostly empty
 _MARGIN = 1.02  # what is reckoned was 1.5 % below what was measured
 _ARENA = 2  # onnxruntime doubles what it keeps, and copies values to other layouts
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
@@ -45,6 +46,7 @@ class Fit:
         passes: what is counted in each run of the model; a session each.
         runtime: how to execute.
         note: what was done to fit; empty if nothing.
+        sets: of counters: of both halves, and of single batches, where these are kept.
     """
 
     streams: int
@@ -52,6 +54,7 @@ class Fit:
     runtime: Runtime
     samples: int | None = None
     note: str = ""
+    sets: int = 1
 
 
 def fit(model: Model, batch: Batch, names: Sequence[str], wanted: Fit, max_memory: int) -> Fit:
@@ -68,7 +71,9 @@ def fit(model: Model, batch: Batch, names: Sequence[str], wanted: Fit, max_memor
     with suppress(OSError, AttributeError):  # not glibc
         # Once a block of up to 32 MB was freed, it would keep such blocks.
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
-    return _Room(model, batch, wanted.runtime, names).fit(wanted, max_memory)
+    if not names:
+        return wanted
+    return _Room(model, batch, wanted.runtime, names, wanted.sets).fit(wanted, max_memory)
 
 
 def _counted(n: int, what: str) -> str:
@@ -91,6 +96,7 @@ class _Room:
     batch: Batch
     runtime: Runtime
     names: Sequence[str]
+    sets: int = 1
     samples: int = 1
     sizes: Mapping[str, int] = field(default_factory=dict)
     resident: int = 0
@@ -136,8 +142,12 @@ class _Room:
     def needed(self, names: Sequence[str], samples: int = 1) -> int:
         """Bytes of the process while ``names`` are captured of so many samples."""
         working = max(0, self.overhead + self._held(names))
-        needed = self.resident + len(self.names) * _COUNTER_BYTES + samples * working
+        needed = self.resident + self._counters + samples * working
         return int(needed * _MARGIN)
+
+    @property
+    def _counters(self) -> int:
+        return len(self.names) * self.sets * _COUNTER_BYTES
 
     def passes(self, bound: int) -> tuple[tuple[str, ...], ...]:
         """The values in groups, each of which can be captured of one sample; as few as can be.
@@ -154,10 +164,12 @@ class _Room:
         largest = max(names, key=lambda name: self.needed([name]))
         least = self.needed([largest]) + (len(groups) - 1) * self.session
         if least > bound:
+            alone = self.resident + self._counters > bound
+            hint = "" if alone else ", or leave the tensor out with --exclude"
             raise OptionError(
-                f"{_bound(bound)} is too little: with {largest!r} captured, the model takes "
-                f"{least / _MEGABYTE:.0f} MB on one {'sample' if self.samples > 1 else 'batch'}: "
-                f"allow more, or leave the tensor out with --exclude"
+                f"{_bound(bound)} is too little: with {largest!r} captured, the process takes "
+                f"{math.ceil(least / _MEGABYTE)} MB on one "
+                f"{'sample' if self.samples > 1 else 'batch'}: allow more{hint}"
             )
         return tuple(map(tuple, groups))
 
@@ -214,14 +226,16 @@ def _can_be_cut(model: Model, batch: Batch) -> bool:
 
 def _status(key: str) -> int:
     """A figure of the process, in bytes."""
-    try:
-        lines: Iterator[str] = iter(_STATUS.read_text("ascii").splitlines())
-    except OSError as error:
-        raise OptionError(
-            f"max-memory needs a system that tells what memory a process takes, as Linux does; "
-            f"this is {sys.platform}: choose a smaller --batch-size instead"
-        ) from error
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = _STATUS.read_text("ascii").splitlines()
+    for line in lines:
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OptionError(
+        f"max-memory needs a system that tells what memory a process takes, as Linux does; this is "
+        f"{sys.platform}: choose a smaller --batch-size instead"
+    )
 
 
 def _resident() -> int:

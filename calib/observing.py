@@ -40,7 +40,8 @@ class Observing:
         checkpoint: called with what is counted so far, every ``checkpoint_seconds``.
         checkpoint_seconds: at most so much work is lost.
         max_memory: bytes that the whole process may take; None for no bound. Where it would take
-            more, there is one batch at a time, then parts of batches, then several passes.
+            more, by what the first batch tells, there is one batch at a time, then parts of
+            batches, then several passes. glibc then gives back what is freed, for good.
     """
 
     keep_batches: int = 0
@@ -123,7 +124,8 @@ def _plan(
     if first.n_samples == 1 and runtime.cores > 1 and not (model.feedback or in_one):
         streams = _STREAMS  # a thread that runs a batch is one of those that share it
         runtime = replace(runtime, threads=runtime.cores - streams + 1)
-    plan = Fit(streams, (tuple(names),), runtime)
+    sets = how.keep_batches + (2 if how.halves or streams > 1 else 1)
+    plan = Fit(streams, (tuple(names),), runtime, sets=sets)
     if how.max_memory is not None:
         plan = fit(model, first, names, plan, how.max_memory)
     return plan, chain([first], batches)

@@ -199,6 +199,7 @@ class Counted:
     groups: tuple[dict[str, Packed], ...]
     batches: tuple[dict[str, Packed], ...]
     unmasked: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def count(task: Task, shard: Shard) -> Counted | Uneven | CalibError:
@@ -226,6 +227,7 @@ def count(task: Task, shard: Shard) -> Counted | Uneven | CalibError:
         groups=tuple(map(_packed, seen.halves or (seen.counters,))),
         batches=tuple(map(_packed, seen.batches)),
         unmasked=seen.unmasked,
+        notes=seen.notes,
     )
 
 
@@ -297,6 +299,7 @@ class Total:
     n_batches: int = 0
     half_samples: tuple[int, int] = (0, 0)
     unmasked: set[str] = field(default_factory=set)
+    notes: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first, second = ({name: Counter() for name in self.task.names} for _ in range(2))
@@ -314,6 +317,7 @@ class Total:
         self.n_samples += found.n_samples
         self.n_batches += found.n_batches
         self.unmasked.update(found.unmasked)
+        self.notes.update(dict.fromkeys(found.notes))
 
     def observations(self) -> Observations:
         """What `calib.observing.observe` would have returned for all samples."""
@@ -325,6 +329,7 @@ class Total:
             self.n_batches,
             tuple(sorted(self.unmasked)),
             padding_mask=self.task.how.padding_mask,
+            notes=tuple(self.notes),
         )
         if not self.task.how.halves or self.n_batches < 2:
             return seen

@@ -170,6 +170,13 @@ def _measured(
     ]
 
 
+def one_by_one(
+    work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]
+) -> Iterator[Result]:
+    """As `spread`, in this thread alone."""
+    return (work(item) for item, _ in items)
+
+
 def spread(work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]) -> Iterator[Result]:
     """``work`` of each of ``items``, in their order, on all cores; few are begun ahead, so that
     few take memory. With each comes its size: threads are not begun for little."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -317,3 +319,24 @@ def test_of_many_tables_the_one_that_fails_names_the_tensor(load: Load) -> None:
     calibrators = {spec.name: broken for spec in plan.specs}
     with pytest.raises(CalibratorError, match=r"^'kernel1': .*failed: no$"):
         calibrate_with(model, observations, plan, rules, calibrators)
+
+
+def test_a_third_party_s_calibrator_sees_one_tensor_at_a_time_in_one_thread(load: Load) -> None:
+    model = load("conv_bn_relu")
+    rules = Rules()
+    plan = make_plan(model, rules)
+    feed = {"image": values(8, 3, 6, 6)}
+    seen = observe(model, [Batch(feed)], plan.activations)
+    asked: list[tuple[int, str]] = []
+
+    def largest(dist: Distribution, _qtype: QuantType, /) -> np.ndarray[Any, Any]:
+        asked.append((dist.groups, threading.current_thread().name))
+        return np.full(dist.groups, dist.max_abs().max())  # groups mixed up
+
+    calibrators = {spec.name: largest for spec in plan.specs}
+    table = calibrate_with(model, seen, plan, rules, calibrators)
+    main = threading.current_thread().name
+    assert sorted(asked) == sorted((r.threshold.size, main) for r in table.records)
+    for found in table.records:
+        if found.spec.kind == "activation":
+            assert found.threshold == found.max_abs

@@ -143,3 +143,12 @@ def test_a_feed_that_onnxruntime_cannot_run_is_named_by_its_shapes(load: Load) -
 
 def test_the_version_is_onnxruntimes() -> None:
     assert list(version()) == [int(part) for part in ort.__version__.split(".")[:2]]
+
+
+def test_a_weight_that_nothing_reads_is_no_obstacle() -> None:
+    model = ir.from_proto(parsed(CONV_BIAS))
+    unused = ir.val("unused", const_value=ir.tensor(np.ones((300, 2), np.float32), name="unused"))
+    model.graph.register_initializer(unused)
+    feed = feed_for(ir.to_proto(model))
+    for optimized in (True, False):
+        assert Session(model, optimized=optimized).run(feed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -217,13 +219,44 @@ def test_workers_that_keep_dying_and_errors_without_a_name_tell_the_samples() ->
         cluster._result(Future(MemoryError()), Shard(0, 8))
 
 
+def test_a_scheduler_that_is_lost_is_named_and_not_a_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Dask:
+        @staticmethod
+        def wait(_: object, **__: object) -> None:
+            raise FuturesCancelledError
+
+    class FuturesCancelledError(CancelledError):
+        pass
+
+    class CommClosedError(OSError):
+        pass
+
+    lost = r"^scheduler: the connection to it was lost: start again$"
+    monkeypatch.setattr(cluster, "_dask", Dask)
+    with pytest.raises(ClusterError, match=lost):
+        cluster._finished(object(), [])
+
+    class Lost:
+        def __init__(self, error: Exception):
+            self.error = error
+
+        def result(self) -> None:
+            raise self.error
+
+    for error in (CommClosedError("in <TCP>"), FuturesCancelledError()):
+        with pytest.raises(ClusterError, match=lost):
+            cluster._result(Lost(error), Shard(0, 8))
+
+
 def test_workers_that_are_all_gone_are_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Dask:
         @staticmethod
         def wait(_: object, **__: object) -> None:
-            raise TimeoutError
+            raise asyncio.TimeoutError  # as Dask does; the built-in one from Python 3.11 on
 
     class Client:
         @staticmethod

@@ -107,7 +107,7 @@ def test_a_batch_that_can_be_cut_is_cut_before_the_model_is_run_twice(free_batch
     room = room_for(free_batch, image_batch(16, SIZE // 4))
     bound = room.resident + 1500 * MEGA
     least = max(room.needed([name]) for name in room.names)
-    tried = range(bound, least + 50 * room.session, -500_000)
+    tried = range(bound, least + len(room.names) * room.session, -500_000)
     found = [room.fit(wanted(free_batch), bound) for bound in tried]
     samples = [f.samples or 16 for f in found]
     assert samples == sorted(samples, reverse=True)
@@ -191,3 +191,32 @@ def test_a_system_that_does_not_tell_its_memory_is_named(
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
     with pytest.raises(OptionError, match="max-memory needs a system that tells what memory"):
         fit(unet, image_batch(1, SIZE), names_of(unet), wanted(unet), 10**12)
+
+
+def test_counters_of_halves_and_of_single_batches_take_memory_too(unet: Model) -> None:
+    batch, names = image_batch(1, SIZE), names_of(unet)
+    few = memory._Room(unet, batch, Runtime(threads=1), names)
+    many = memory._Room(unet, batch, Runtime(threads=1), names, 7)
+    more = many.needed(names) - many.resident - (few.needed(names) - few.resident)
+    assert more == pytest.approx(6 * len(names) * memory._COUNTER_BYTES, rel=0.5)
+
+
+def test_a_process_that_is_too_large_by_itself_gets_no_useless_advice(unet: Model) -> None:
+    with pytest.raises(OptionError) as error:
+        room_for(unet, image_batch(1, SIZE)).fit(wanted(unet), 10 * MEGA)
+    assert str(error.value).endswith("on one batch: allow more")
+
+
+def test_with_nothing_to_capture_no_bound_is_too_little(load: Load) -> None:
+    model = load("gemm_activation")
+    assert observe(model, cut(rich(), []), [], Observing(max_memory=10)).notes == ()
+
+
+def test_a_system_that_tells_only_part_is_named_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status = tmp_path / "status"
+    status.write_text("VmSize: 1 kB\n")
+    monkeypatch.setattr(memory, "_STATUS", status)
+    with pytest.raises(OptionError, match="max-memory needs a system that tells"):
+        memory._peak()

@@ -22,6 +22,7 @@ from calib.counterfile import Counters
 from calib.data import Data, Reading, open_data
 from calib.errors import CalibError, ClusterError, DataError, ModelError, OptionError
 from calib.graph import Model, load_model
+from calib.memory import Fit
 from calib.observations import Observations
 from calib.observing import Observing, observe
 from calib.shards import Shard, Task, Total, Uneven, count, cut, cut_uneven
@@ -132,6 +133,21 @@ def test_shards_add_up_to_what_one_process_counts(how: Observing) -> None:
     seen = total(Task.of(model, data, names, how), cut(data, 203, 2, how.keep_batches))
     assert everything(seen) == everything(one)
     assert one.halves or not how.halves
+
+
+def test_what_a_bound_on_memory_costs_on_workers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = opened(DIGITS / "digits.onnx", DIGITS / "digits.npz")
+    how = Observing(max_memory=10**12)
+    assert total(Task.of(model, data, ["image"], how), cut(data, 64, 2)).notes == ()
+
+    def smaller(_: object, __: object, ___: object, wanted: Fit, ____: int) -> Fit:
+        return replace(wanted, samples=2, note="2 samples at a time")
+
+    monkeypatch.setattr("calib.observing.fit", smaller)
+    seen = total(Task.of(model, data, ["image"], how), cut(data, 64, 2))
+    assert seen.notes == ("2 samples at a time",)
+    one = observe(model, data.batches(0, 64), ["image"])
+    assert everything(replace(seen, notes=())) == everything(one)
 
 
 def test_a_single_batch_has_no_halves_on_workers_either() -> None:

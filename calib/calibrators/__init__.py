@@ -99,6 +99,11 @@ def make(spec: str) -> Calibrator:
         raise CalibratorError(f"calibrator {spec!r} cannot be made: {one_line(error)}") from error
 
 
+def is_built_in(calibrator: Calibrator) -> bool:
+    """Whether it is one of ours: known to keep groups and threads apart."""
+    return type(calibrator) in _BUILT_IN.values()
+
+
 def thresholds(
     calibrator: Calibrator, dist: Distribution, qtype: QuantType
 ) -> tuple[Floats, tuple[str, ...]]:
