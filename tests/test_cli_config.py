@@ -84,7 +84,7 @@ def test_the_help_tells_the_defaults_that_hold(capsys: Capsys) -> None:
     assert told.pop("percentile") == "99.99"
     assert (told.pop("seed"), default.seed) == ("0", 0)
     assert (told.pop("threads"), default.threads) == ("its choice", 0)
-    none = {"edge-bits", "color", "pixel-scale", "layout", "output", "provider"}
+    none = {"edge-bits", "color", "pixel-scale", "layout", "max-memory", "output", "provider"}
     assert set(told) == none
     assert all(getattr(default, key.replace("-", "_")) is None for key in none)
 
@@ -142,6 +142,9 @@ TYPED: dict[str, tuple[Sequence[object], str]] = {
     "provider": (["--provider", "Any"], "provider: Any"),
     "threads": (["--threads", 2], "threads: 2"),
     "custom ops": (["--custom-ops", "a.so", "--custom-ops", "b.so"], "custom-ops: [a.so, b.so]"),
+    "max memory": (["--max-memory", "1.5GB"], "max-memory: 1500000000"),
+    "workers": (["--workers", 2], "workers: 2"),
+    "scheduler": (["--scheduler", "tcp://host:8786"], "scheduler: tcp://host:8786"),
     "dry run": (["--dry-run"], "dry-run: true"),
     "quiet": (["--quiet"], "quiet: true"),
     "verbose": (["--verbose"], "verbose: true"),
