@@ -22,10 +22,11 @@ from calib.report.document import figures, number, plain, verdict_facts, version
 from calib.report.page import render_page
 from calib.resuming import appearing, check_files, observe_split, saved_observations
 from calib.run import Run, Split
+from calib.saving import Quantized, external_files, free_data_name
 from calib.table import CalibrationTable, dumps
 from calib.targets import Rules, make_plan
 from calib.verification import verify
-from calib.write import Quantized, external_files, free_data_name, write_qdq
+from calib.write import write_qdq
 
 _LOW_SQNR_DB = 10.0
 _LARGE_BYTES = 100_000_000

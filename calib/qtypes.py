@@ -49,37 +49,48 @@ _STORAGES = (
 
 @dataclass(frozen=True, slots=True)
 class QuantType:
-    """A quantization grid: ``qmin … qmax`` integers, a step apart, zero point 0.
+    """A quantization grid: levels ``qmin … qmax``, a step apart, 0 among them. What is stored is a
+    level plus the zero point.
 
     Args:
         bits: one of `WIDTHS`.
-        signed: False for data that is never negative.
+        signed: whether it is stored in a signed type; an unsigned grid with zero point 0 is for
+            data that is never negative.
         narrow: signed only; leave out the most negative integer, so that the grid is symmetric.
+        zero_point: unsigned only; the stored integer of level 0.
 
     Raises:
-        OptionError: if ``bits`` is not one of `WIDTHS`, or an unsigned grid is called narrow.
+        OptionError: if ``bits`` is not one of `WIDTHS`, an unsigned grid is called narrow, or a
+            zero point is not among its integers or not 0 on a signed one.
     """
 
     bits: int
     signed: bool
     narrow: bool = False
+    zero_point: int = 0
 
     def __post_init__(self) -> None:
         check_width(self.bits, "bits")
         if self.narrow and not self.signed:
             raise OptionError("an unsigned grid has no narrow range: narrow needs signed=True")
+        most = 0 if self.signed else (1 << self.bits) - 1
+        if not 0 <= self.zero_point <= most:
+            raise OptionError(
+                f"the zero point of {self} must be {f'0 to {most}' if most else 0}, "
+                f"got {self.zero_point}"
+            )
 
     @property
     def qmin(self) -> int:
-        """The smallest integer of the grid."""
+        """The lowest level of the grid."""
         if not self.signed:
-            return 0
+            return -self.zero_point
         return -(1 << (self.bits - 1)) + self.narrow
 
     @property
     def qmax(self) -> int:
-        """The largest integer of the grid."""
-        return (1 << (self.bits - self.signed)) - 1
+        """The highest level of the grid."""
+        return (1 << (self.bits - self.signed)) - 1 - self.zero_point
 
     @property
     def steps(self) -> int:
@@ -87,8 +98,9 @@ class QuantType:
 
         Also on the signed full range, where the threshold is the largest value represented and
         the negative side reaches one step further, as the field's int8 scales ``max|x|/127`` do.
+        With a zero point, to the larger of the two ends.
         """
-        return self.qmax
+        return max(self.qmax, self.zero_point)
 
     @property
     def rounding_noise(self) -> float:
@@ -121,7 +133,8 @@ class QuantType:
 
     def exceeds(self, storage: Storage) -> bool:
         """Whether ``storage`` holds integers beyond the grid, so that a Clip must saturate."""
-        return self.qmax != storage.qmax or self.qmin != storage.qmin
+        highest, lowest = self.qmax + self.zero_point, self.qmin + self.zero_point
+        return highest != storage.qmax or lowest != storage.qmin
 
     def __str__(self) -> str:
         return f"{'int' if self.signed else 'uint'}{self.bits}"

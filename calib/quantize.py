@@ -1,8 +1,8 @@
 """Quantize and dequantize in NumPy: the oracle that every written model is held against.
 
 The arithmetic is that of ONNX's QuantizeLinear and DequantizeLinear, to the bit: in float32 divide,
-round half to even, saturate; multiply, and round to float16 where the tensor is that. Zero points
-are 0 throughout.
+round half to even, saturate; multiply, and round to float16 where the tensor is that. Integers are
+levels throughout: what is stored is a level plus the zero point.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def quantize(
     qtype: QuantType,
     granularity: Granularity,
 ) -> NDArray[np.int32]:
-    """The integers of ``tensor`` on the grid: shape kept, int32, within ``qmin … qmax``.
+    """The levels of ``tensor`` on the grid: shape kept, int32, within ``qmin … qmax``.
 
     Args:
         tensor: float32 or float16, any shape, finite.

@@ -38,7 +38,7 @@ class Run:
         runtime: provider and threads.
         observations: file to read instead of observing.
         save_observations: file to write what was observed to.
-        external_data: see `calib.write.Quantized.save`.
+        external_data: see `calib.saving.Quantized.save`.
         feedback: input → output that is fed back into it at the next feed.
         padding_mask: an input of integers or bools that is 0 where padding stands; what activations
             hold there is not counted.

@@ -29,7 +29,7 @@ from calib.survey import Candidates, Measured, Row, Survey, detailed, wide_bits,
 from calib.switchable import Switchable
 from calib.table import CalibrationTable
 from calib.targets import Plan, make_plan
-from calib.write import Quantized, constant_bytes, write_qdq
+from calib.write import write_qdq
 
 _MOST_BYTES = 1_000_000_000  # a switchable model holds its weights three times
 _TRIAL_BATCH = 8
@@ -130,12 +130,8 @@ def _gain(sqnr_db: float | None, base_db: float | None) -> float | None:
 def _compared(model: Model, row: Row, reference: Reference) -> Row:
     """``row`` with what its model does to the outputs, and how large that is."""
     quantized = write_qdq(model, row.table)
-    ratio = _size_ratio(model, quantized)
+    ratio = quantized.size_ratio(model.ir)
     return replace(row, comparison=reference.compare(quantized.ir), size_ratio=ratio)
-
-
-def _size_ratio(model: Model, quantized: Quantized) -> float:
-    return quantized.n_bytes / max(constant_bytes(model.ir), 1)
 
 
 class _Job:
@@ -327,7 +323,7 @@ class _Job:
             for change in propose(found, self.lowest, before.table, wide_bits(bits))
         ]
         wide_table = self._table(model, observations, widened(self.lowest, wide_bits(bits)))
-        wide = _size_ratio(model, write_qdq(model, wide_table))
+        wide = write_qdq(model, wide_table).size_ratio(model.ir)
         proposals = []
         with self.run.progress("proposals", reference.n_samples * len(changes)) as advance:
             for change, row in changes:

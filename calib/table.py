@@ -29,7 +29,7 @@ class TensorRecord:
         spec: what it is, and who reads it.
         qtype: its grid.
         threshold: float64 ``(G,)``, in the tensor's unit, all positive.
-        scale: float32 ``(G,)``, ``threshold / qtype.steps``; every zero point is 0.
+        scale: float32 ``(G,)``, ``threshold / qtype.steps``.
         max_abs: largest magnitude of the whole tensor.
         count: how many values were seen.
         sqnr_db: signal to quantization noise; None where there is no signal, or no noise.
@@ -64,7 +64,7 @@ class TensorRecord:
             "granularity": str(self.spec.granularity),
             "threshold": threshold[0] if per_tensor else threshold,
             "scale": scale[0] if per_tensor else scale,
-            "zero_point": 0,
+            "zero_point": self.qtype.zero_point,
             "max_abs": self.max_abs,
             "count": self.count,
             "sqnr_db": self.sqnr_db,

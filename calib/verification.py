@@ -20,8 +20,8 @@ from calib.granularity import PerTensor, pieces
 from calib.graph import Model
 from calib.prepare import all_names, remove_unused, unique_name
 from calib.quantize import fake_quantize, quantize
+from calib.saving import Quantized
 from calib.table import TensorRecord
-from calib.write import Quantized
 
 # Folding reorders float32 arithmetic; agreement beyond this is rounding noise, whatever the grid.
 _SAME_DB = 100.0
@@ -118,6 +118,7 @@ def _check_weights(check: _Check, written: ir.Model) -> None:
             wanted = quantize(
                 weight[index], record.scale[groups], record.qtype, record.spec.granularity
             )
+            wanted += record.qtype.zero_point
             if not np.array_equal(integers[index].astype(np.int32), wanted):
                 raise VerificationError(f"weight {record.name!r}: the written integers are wrong")
         if isinstance(tensor, ir.ExternalTensor):

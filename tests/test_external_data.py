@@ -143,7 +143,7 @@ def test_weights_that_no_file_can_hold_are_not_written_into_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnx.save(MODEL, tmp_path / "model.onnx")
-    monkeypatch.setattr("calib.write._PROTOBUF_LIMIT", 100)
+    monkeypatch.setattr("calib.saving._PROTOBUF_LIMIT", 100)
     with pytest.raises(OutputError, match=r"GB of weights do not fit .* leave --external-data at"):
         calibrated(tmp_path / "model.onnx", tmp_path / "out.onnx", "never")
     assert files(tmp_path) == ["model.onnx"]

@@ -276,7 +276,7 @@ def test_a_folder_that_fills_up_leaves_nothing_behind(
         path.write_bytes(b"half of i")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("calib.write.ir.save", full)
+    monkeypatch.setattr("calib.saving.ir.save", full)
     refused(
         folder,
         OutputError,

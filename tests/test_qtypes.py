@@ -176,3 +176,27 @@ def test_a_grid_is_a_value() -> None:
     assert len({grid, QuantType(4, signed=True), QuantType(4, signed=True, narrow=True)}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         grid.bits = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_zero_point_shifts_the_levels_and_not_what_is_stored(bits: int) -> None:
+    largest = 2**bits - 1
+    for zero_point in {0, 1, largest // 3, largest // 2, largest}:
+        grid = QuantType(bits, signed=False, zero_point=zero_point)
+        assert [level + zero_point for level in integers(grid)] == list(range(largest + 1))
+        assert grid.steps == max(abs(level) for level in integers(grid))
+        assert grid.exceeds(grid.storage) == QuantType(bits, signed=False).exceeds(grid.storage)
+
+
+@pytest.mark.parametrize("zero_point", [-1, 16])
+def test_a_zero_point_must_be_among_the_integers(zero_point: int) -> None:
+    expected = f"the zero point of uint4 must be 0 to 15, got {zero_point}"
+    with pytest.raises(OptionError) as caught:
+        QuantType(4, signed=False, zero_point=zero_point)
+    assert str(caught.value) == expected
+
+
+def test_a_signed_grid_has_zero_point_0() -> None:
+    with pytest.raises(OptionError) as caught:
+        QuantType(4, signed=True, zero_point=1)
+    assert str(caught.value) == "the zero point of int4 must be 0, got 1"

@@ -18,9 +18,10 @@ from onnx import helper, numpy_helper
 from calib.arrays import Batch
 from calib.errors import CalibError, ModelError, VerificationError
 from calib.graph import Model, load_model
+from calib.saving import Quantized
 from calib.targets import Rules, Selection, Widths
 from calib.verification import verify
-from calib.write import Quantized, write_qdq
+from calib.write import write_qdq
 
 Tamper = Callable[[onnx.ModelProto], None]
 

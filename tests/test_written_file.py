@@ -16,8 +16,9 @@ from onnx import helper
 
 from calib.errors import ModelError, OutputError
 from calib.graph import load_model
+from calib.saving import Quantized
 from calib.targets import Rules, Selection
-from calib.write import METADATA_KEY, Quantized, write_qdq
+from calib.write import METADATA_KEY, write_qdq
 
 Interface = list[tuple[str, int, list[str | int]]]
 

@@ -33,9 +33,10 @@ from calib.qat.quantizer import Quantizer
 from calib.qat.recording import FrozenWeight, Trained, trained_table
 from calib.report.document import versions
 from calib.run import Run, check_outputs
+from calib.saving import constant_bytes
 from calib.table import CalibrationTable, decibels
 from calib.verification import verify
-from calib.write import constant_bytes, write_qdq
+from calib.write import write_qdq
 
 _MOST_INLINE = 1_000_000_000
 _MARGIN_DB, _LOSS_DB, _SAME_DB = 10.0, 1.0, 100.0
