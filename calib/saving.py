@@ -43,10 +43,6 @@ class Quantized:
         """Size of all weights and other constants, as they will be stored."""
         return constant_bytes(self.ir)
 
-    def size_ratio(self, source: ir.Model) -> float:
-        """Size beside that of the constants of ``source``."""
-        return self.n_bytes / max(constant_bytes(source), 1)
-
     def save(self, path: Path, external_data: str = "auto") -> None:
         """Writes the model to ``path``, whole or not at all.
 
@@ -89,6 +85,11 @@ def constant_bytes(model: ir.Model) -> int:
     """Size of all initializers of a graph, packed as they are stored."""
     tensors = (v.const_value for g in model.graphs() for v in g.initializers.values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def size_ratio(source: ir.Model, quantized: Quantized) -> float:
+    """Size of the constants of ``quantized`` beside that of ``source``'s."""
+    return quantized.n_bytes / max(constant_bytes(source), 1)
 
 
 def free_data_name(path: Path, others: Sequence[Path | None] = ()) -> str:

@@ -24,6 +24,7 @@ from calib.resuming import check_files, observe_split, saved_observations
 from calib.rivals import RIVALS, rival_ranges, rival_table
 from calib.rules import Rules, Widths
 from calib.run import Run, Split
+from calib.saving import size_ratio
 from calib.sensitivity import Sensitivity, sensitivity
 from calib.survey import Candidates, Measured, Row, Survey, detailed, wide_bits, widened
 from calib.switchable import Switchable
@@ -130,7 +131,7 @@ def _gain(sqnr_db: float | None, base_db: float | None) -> float | None:
 def _compared(model: Model, row: Row, reference: Reference) -> Row:
     """``row`` with what its model does to the outputs, and how large that is."""
     quantized = write_qdq(model, row.table)
-    ratio = quantized.size_ratio(model.ir)
+    ratio = size_ratio(model.ir, quantized)
     return replace(row, comparison=reference.compare(quantized.ir), size_ratio=ratio)
 
 
@@ -323,7 +324,7 @@ class _Job:
             for change in propose(found, self.lowest, before.table, wide_bits(bits))
         ]
         wide_table = self._table(model, observations, widened(self.lowest, wide_bits(bits)))
-        wide = write_qdq(model, wide_table).size_ratio(model.ir)
+        wide = size_ratio(model.ir, write_qdq(model, wide_table))
         proposals = []
         with self.run.progress("proposals", reference.n_samples * len(changes)) as advance:
             for change, row in changes:
