@@ -9,10 +9,11 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.asymmetric import with_zero_point
 from calib.calibrators import Calibrator, is_built_in, make
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS
-from calib.errors import CalibError, ObservationsError
+from calib.errors import CalibError, CalibratorError, ObservationsError
 from calib.granularity import PerTensor, pieces, to_groups
 from calib.graph import Model, Skipped
 from calib.observations import Observations
@@ -292,9 +293,20 @@ def _table(
     return CalibrationTable(
         model.sha256,
         observations.n_samples,
-        tuple(_record(*row, fewer) for row in rows if not row[1].empty),
+        tuple(_on_its_grid(*row, fewer) for row in rows if not row[1].empty),
         (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec, t, _ in rows if t.empty)),
     )
+
+
+def _on_its_grid(spec: TensorSpec, tensor: _Tensor, number: int, fewer: list[str]) -> TensorRecord:
+    record = _record(spec, tensor, number, fewer)
+    if tensor.counter is None or spec.grid == "symmetric":
+        return record
+    calibrator = tensor.questions[number].calibrator
+    try:
+        return with_zero_point(record, calibrator, tensor.counter, tensor.batches or ())
+    except CalibratorError as error:
+        raise CalibratorError(f"{spec.name!r}: {error}") from error
 
 
 def _record(spec: TensorSpec, tensor: _Tensor, number: int, fewer: list[str]) -> TensorRecord:

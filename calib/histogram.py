@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from calib.cells import Cells
 from calib.counter import Counter
+from calib.ordered import Ordered
 from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
 from calib.qtypes import QuantType
 from calib.quantize import scale_from_threshold
@@ -58,6 +59,15 @@ class Histogram:
     def tail(self, t: Floats) -> Tail:
         return Tail(*self._ranked.tail(t))
 
+    def extremes(self) -> tuple[Floats, Floats]:
+        return self._bounds[:, 0].copy(), self._bounds[:, 1].copy()
+
+    def signed_quantile(self, q: float) -> Floats:
+        return self._ordered.quantile(q)
+
+    def tails(self, low: Floats, high: Floats) -> tuple[Tail, Tail]:
+        return Tail(*self._ordered.below(low)), Tail(*self._ordered.above(high))
+
     def fixed_point(self, noise: float) -> Floats:
         """See `Seeking`; the exact maximum where no bin's centre lies above."""
         found = self._ranked.fixed_point(noise)
@@ -100,12 +110,23 @@ class Histogram:
         return [(np.clip(low, *bounds), np.clip(high, *bounds)) for (low, high), bounds in pairs]
 
     @cached_property
+    def _centres(self) -> list[NDArray[np.float32]]:
+        pairs = zip(self._codes, self._bounds, strict=True)
+        return [np.clip(_bin_centre(c), *bounds).astype(np.float32) for c, bounds in pairs]
+
+    @cached_property
     def _ranked(self) -> Ranked:
-        centres = [
-            np.clip(_bin_centre(codes), *bounds).astype(np.float32)[None]
-            for codes, bounds in zip(self._codes, self._bounds, strict=True)
-        ]
+        centres = [centres[None] for centres in self._centres]
         return Ranked(centres, [counts[None] for counts in self._counts])
+
+    @cached_property
+    def _ordered(self) -> Ordered:
+        groups = []
+        for codes, centres, counts in zip(self._codes, self._centres, self._counts, strict=True):
+            first = _first_negative(codes)
+            order = np.r_[codes.size - 1 : first - 1 : -1, 0:first]  # -x ascends with its code
+            groups.append((centres[order].astype(np.float64), counts[order].astype(np.float64)))
+        return Ordered(groups)
 
     @property
     def _zeroth(self) -> NDArray[np.intp]:
@@ -115,12 +136,16 @@ class Histogram:
     def _cells(self) -> Cells:
         sides = []
         for codes, counts, (low, high) in zip(self._codes, self._counts, self._edges, strict=True):
-            first = np.searchsorted(codes, _MINUS_ZERO)
+            first = _first_negative(codes)
             sides += [
                 np.stack([-high[first:], -low[first:], counts[first:]]),
                 np.stack([low[:first], high[:first], counts[:first]]),
             ]
         return Cells(sides)
+
+
+def _first_negative(codes: NDArray[np.intp]) -> int:
+    return int(np.searchsorted(codes, _MINUS_ZERO))
 
 
 def _bin_centre(codes: NDArray[np.intp]) -> Floats:

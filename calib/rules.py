@@ -13,6 +13,7 @@ from calib.qtypes import check_width
 
 KINDS = ("weight", "activation")
 WEIGHT_GRANULARITIES = ("per-channel", "per-tensor")
+GRIDS = ("symmetric", "asymmetric", "auto")
 REDUCTIONS = ("pool", "mean")
 
 
@@ -154,6 +155,8 @@ class Rules:
         reduction: of activations over batches.
         selection: which uses of tensors are quantized at all.
         overrides: for single tensors; of those that match, the first decides.
+        activations: their grids: ``symmetric``, ``asymmetric``, or ``auto``: with a zero point
+            where that lowers the error.
 
     Raises:
         OptionError, CalibratorError: for a setting that is unknown or out of bounds.
@@ -166,8 +169,11 @@ class Rules:
     reduction: Reduction = field(default_factory=Reduction)
     selection: Selection = field(default_factory=Selection)
     overrides: tuple[TensorRule, ...] = ()
+    activations: str = "symmetric"
 
     def __post_init__(self) -> None:
+        if self.activations not in GRIDS:
+            raise OptionError(f"activations must be {_or(GRIDS)}, got {self.activations!r}")
         _check_granularity("weight-granularity", self.weight_granularity)
         make(self.method)
         make(self.method_for("weight"))
@@ -187,6 +193,10 @@ def _check_pattern(what: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise OptionError(f"{what}: {pattern!r} is no regular expression: {error}") from None
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _check_granularity(what: str, granularity: str) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from calib import compiled
 from calib.granularity import PerChannel
+from calib.ordered import Ordered
 from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
@@ -77,6 +78,17 @@ class Samples:
 
     def tail(self, t: Floats) -> Tail:
         return Tail(*self._ranked.tail(t))
+
+    def extremes(self) -> tuple[Floats, Floats]:
+        low = [piece.min(axis=1) for piece in self._pieces]
+        high = [piece.max(axis=1) for piece in self._pieces]
+        return np.concatenate(low).astype(np.float64), np.concatenate(high).astype(np.float64)
+
+    def signed_quantile(self, q: float) -> Floats:
+        return self._ordered.quantile(q)
+
+    def tails(self, low: Floats, high: Floats) -> tuple[Tail, Tail]:
+        return Tail(*self._ordered.below(low)), Tail(*self._ordered.above(high))
 
     def squared_excess(self, t: Floats) -> Floats:
         """The sum of ``(|x| - t)²`` over the magnitudes above ``t``."""
@@ -179,6 +191,13 @@ class Samples:
             sums = ranked.sum[first + groups[:, None] + np.arange(n + 1)]
             found.append((groups, rows, plain_excesses(rows, sums)))
         return found
+
+    @cached_property
+    def _ordered(self) -> Ordered:
+        rows = [row for piece in self._pieces for row in piece.astype(np.float64)]
+        times = [np.ones(row.size) for row in rows] if self._counts is None else self._counts
+        orders = map(np.argsort, rows)
+        return Ordered([(r[o], t[o]) for r, t, o in zip(rows, times, orders, strict=True)])
 
     @cached_property
     def _ranked(self) -> Ranked:

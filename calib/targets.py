@@ -26,7 +26,8 @@ _FINITE: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to quantize: one QDQ pair, shared by all its ``consumers`` (node names), with a
-    threshold of the calibrator that ``method`` names."""
+    threshold of the calibrator that ``method`` names. ``grid``: of an activation, ``symmetric``,
+    ``asymmetric``, or ``auto``: what has the smaller error."""
 
     name: str
     kind: Kind
@@ -36,6 +37,7 @@ class TensorSpec:
     method: str = "octav"
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
+    grid: str = "symmetric"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,4 +148,5 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
         method=rule.method or rules.method_for(kind),
         dtype=uses[0].dtype,
         notes=notes,
+        grid=rules.activations if kind == "activation" else "symmetric",
     )
