@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calib.distribution import Distribution, Floats, Seeking, sweep
+from calib.distribution import Distribution, Floats, seeking, sweep
 from calib.errors import OptionError
 from calib.qtypes import QuantType
 
@@ -26,6 +26,6 @@ class Mse:
             raise OptionError(f"mse: points must be at least 1, got {self.points}")
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
-        if isinstance(dist, Seeking):
-            return dist.least_mse(self.points, qtype)
+        if (seeker := seeking(dist)) is not None:
+            return seeker.least_mse(self.points, qtype)
         return sweep(dist, self.points, qtype)
