@@ -182,4 +182,4 @@ class Samples:
 
     @cached_property
     def _ranked(self) -> Ranked:
-        return Ranked(self._pieces, None if self._counts is None else [self._counts])
+        return Ranked.of(self._pieces, None if self._counts is None else [self._counts])
