@@ -164,7 +164,8 @@ class _Register:
         """Each tensor of the job's plan, and which of its questions is meant."""
         reduction = job.rules.reduction
         mean = reduction if reduction.name != "pool" else None
-        identities = {id(c): self._identity(c) for c in job.calibrators.values()}
+        distinct = {id(calibrator): calibrator for calibrator in job.calibrators.values()}
+        identities = {key: self._identity(calibrator) for key, calibrator in distinct.items()}
         rows, known = [], self._known
         for spec in job.plan.specs:
             key = spec.name, spec.kind, spec.granularity, mean

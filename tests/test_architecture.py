@@ -24,6 +24,7 @@ FLOW = (
     "counter",
     "counterfile",
     "ranked",
+    "magnitudes",
     "rounding",
     "cells",
     "protocol",
