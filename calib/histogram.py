@@ -78,7 +78,7 @@ class Histogram:
         step = scale_from_threshold(thresholds, qtype).astype(np.float64)
         best = self._cells.least(step, (qtype.qmax, -qtype.qmin), self._count)
         best[self._largest == 0] = 0
-        return np.asarray(np.take_along_axis(thresholds, best[None], axis=0)[0])
+        return np.asarray((best + 1) / points * self._largest)
 
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         """As `Distribution.mse`; values are taken to spread evenly over their bin.

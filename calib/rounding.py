@@ -19,6 +19,7 @@ from calib.ranked import Floats
 _REORDERED: Any = {"reassoc", "nnan", "nsz"}
 _CACHED = 1 << 15  # values
 _EDGES = 2048
+_MASK = _EDGES - 1
 _A_LEVEL = 8  # as many values are gone through in the time that one takes
 _A_RANK = 24  # the same, of a level that is looked up among the ranks
 _A_CALL = 100  # and of beginning
@@ -152,29 +153,30 @@ def least_errors(
     """
     (magnitude, sums), (steps, points) = ranked, grids
     best = np.empty_like(start)
-    table, places = np.empty(_EDGES + 1), np.empty(_EDGES + 1, np.uint32)
+    tables, places = np.empty((2, _EDGES + 1)), np.empty(_EDGES + 1, np.uint32)
     for group in range(squares.size):
         first, last = starts[group], starts[group + 1]
         row, total = magnitude[first:last], sums[first + group : last + group + 1]
-        excess, above = table[: min(row.size, _EDGES) + 1], places[: min(row.size, _EDGES) + 1]
+        table, above = tables[:, : min(row.size, _EDGES) + 1], places[: min(row.size, _EDGES) + 1]
         most = row.size // _A_LEVEL if row[-1] > _TINY else 0
         if most >= steps.min():
-            _excesses(row, total, excess, above)
+            _excesses(row, total, table, above)
         for width in range(steps.size):
             k = start[width, group]
             if steps[width] <= most:
                 given = squares[group], k, steps[width], points
-                best[width, group] = _least_bounded(row, total, excess, above, given)
+                best[width, group] = _least_bounded(row, total, table, above, given)
             else:
                 best[width, group] = _least_error(row, k, (steps[width], points))
     return best
 
 
 @kernel()
-def _excesses(row: Singles, total: Floats, excess: Floats, above: Places) -> None:
-    """Sets the sums of ``x - t`` over the values above ``t = j / m · max x``, j = 0 … m, and the
-    ranks of the first of these."""
-    edges = excess.size - 1
+def _excesses(row: Singles, total: Floats, table: Floats, above: Places) -> None:
+    """Sets the sums of ``x - t`` over the values above ``t = j / m · max x``, j = 0 … m, and
+    how much each is less than the next; and the ranks of the first of these values."""
+    excess, slope = table[0], table[1]
+    edges, after = excess.size - 1, 0.0
     width = np.float64(row[-1]) / edges
     per_width, rank = (1 - 1e-12) / width, np.int64(row.size)
     above[:] = row.size
@@ -185,12 +187,12 @@ def _excesses(row: Singles, total: Floats, excess: Floats, above: Places) -> Non
         rank += less & (less >> 63)  # the minimum, without a branch
         above[edge] = rank
         excess[edge] = total[rank] - edge * width * (row.size - rank)
+        slope[edge] = after - excess[edge]
+        after = excess[edge]
 
 
 @kernel()
-def _least_bounded(
-    row: Singles, total: Floats, excess: Floats, places: Places, given: Given
-) -> int:
+def _least_bounded(row: Singles, total: Floats, table: Floats, places: Places, given: Given) -> int:
     """The k with the least error, of several the smallest: from the largest down, until what is
     clipped is more; only what bounds do not rule out is measured.
 
@@ -198,18 +200,19 @@ def _least_bounded(
     two are too close to tell.
     """
     square, best, steps, points = given
+    excess, slope = table[0], table[1]
     by_ranks, edges = _A_RANK * steps <= row.size + _A_CALL, excess.size - 1
     noise = square * max(_NOISE, row.size * 1e-16)
-    half = np.float64(row[-1]) / (points * steps)
-    less, per_k = 4 * half * steps, edges / points
+    largest, per_k = np.float64(row[-1]), edges / points
+    less = 4 * largest / points
     least = _measured(best, row, total, places, (square, steps, points, edges, np.inf))
     clipped, second, start = 0.0, np.inf, best
     for top in range(points, 0, -4):
         enough = least * _NEARLY + noise
-        gains = _gains(excess, top, steps, 1 / (points * steps))
-        for index in range(4):
-            k = top - index
-            if square - 2 * k * half * gains[index] > enough or k == start or k < 1:
+        for k in range(top, max(top - 4, 0), -1):
+            step = k / (points * steps)
+            bound = square - 2 * largest * step * _gain(excess, slope, step * edges, steps)
+            if bound > enough or k == start:
                 continue
             error = _measured(k, row, total, places, (square, steps, points, edges, least))
             second = min(second, max(error, least))
@@ -225,31 +228,20 @@ def _least_bounded(
     return best
 
 
-@kernel()
-def _gains(excess: Floats, top: int, steps: int, unit: float) -> tuple[float, float, float, float]:
-    """What k = ``top`` and the three below gain at most.
+@kernel(fastmath=_REORDERED)
+def _gain(excess: Floats, slope: Floats, step: float, steps: int) -> float:
+    """What all levels gain at most over the ones below, over ``2·step``, in edges as ``step`` is.
 
     By the formula of `calib.cells`: the sum of excesses lies below the line from one of ``excess``
-    to the next. It takes a look-up for each level, however many values there are; those of four do
-    not wait for each other.
+    to the next. It takes a look-up for each level, however many values there are.
     """
-    unit *= excess.size - 1
-    a, b, c, d = top * unit, (top - 1) * unit, max(top - 2, 0) * unit, max(top - 3, 0) * unit
-    w = x = y = z = 0.0
-    for level in range(steps):
-        half = level + 0.5
-        w += _line(excess, half * a)
-        x += _line(excess, half * b)
-        y += _line(excess, half * c)
-        z += _line(excess, half * d)
-    return w, x, y, z
-
-
-@kernel()
-def _line(excess: Floats, position: float) -> float:
-    edge = np.uint32(position)
-    low, high = excess[edge], excess[edge + np.uint32(1)]
-    return float(low + (position - edge) * (high - low))
+    total = 0.0
+    for level in range(np.int32(steps)):
+        boundary = (np.float64(level) + 0.5) * step
+        edge = np.intp(np.int32(boundary))
+        # The mask changes nothing, but says that it is not negative: then it is vectorized.
+        total += excess[edge & _MASK] + (boundary - edge) * slope[edge & _MASK]
+    return total
 
 
 @kernel()
