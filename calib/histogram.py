@@ -111,7 +111,7 @@ class Histogram:
     def _sides(self) -> NDArray[np.float64]:
         """For each bin the least and the largest magnitude on its side, ``(2, N)``."""
         low, high = self._bounds.T
-        bounds = np.stack([low, high, -high, -low], axis=1).reshape(-1, 2)
+        bounds = np.stack([low, high, -high, -low], axis=1).reshape(-1, 2) + 0.0  # no -0
         return np.repeat(bounds.T, np.diff(self._starts), axis=1)
 
     @cached_property
