@@ -49,7 +49,7 @@ class Samples:
     def _pieces(self) -> tuple[NDArray[np.floating], ...]:
         return (self._values, *self._more)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         return sum(piece.shape[0] for piece in self._pieces)
 
@@ -162,9 +162,13 @@ class Samples:
 
     def _single(self, qtype: QuantType | None = None) -> bool:
         """Whether float32 is exact enough; above 8 bits it is too coarse for errors."""
-        single = all(piece.dtype == np.float32 for piece in self._pieces)
         narrow = qtype is None or qtype.bits <= HISTOGRAM_BITS
-        return single and self._counts is None and narrow
+        return narrow and self._of_singles
+
+    @cached_property
+    def _of_singles(self) -> bool:
+        single = all(piece.dtype == np.float32 for piece in self._pieces)
+        return single and self._counts is None
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
