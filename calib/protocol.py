@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cache
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -81,6 +82,16 @@ class Seeking(Protocol):
 
     def least_mse(self, points: int, qtype: QuantType) -> Floats:
         """What `sweep` finds."""
+
+
+def seeking(dist: Distribution) -> Seeking | None:
+    """``dist`` if it is `Seeking`."""
+    return cast(Seeking, dist) if _seeks(type(dist)) else None
+
+
+@cache  # asking a protocol takes microseconds
+def _seeks(kind: type) -> bool:
+    return issubclass(kind, Seeking)
 
 
 def sweep(dist: Distribution, points: int, qtype: QuantType) -> Floats:

@@ -25,6 +25,7 @@ FLOW = (
     "counterfile",
     "ranked",
     "ordered",
+    "magnitudes",
     "rounding",
     "cells",
     "protocol",

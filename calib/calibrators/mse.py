@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calib.distribution import Distribution, Floats, Seeking, sweep
+from calib.distribution import Distribution, Floats, seeking, sweep
 from calib.errors import OptionError
 from calib.qtypes import QuantType
 
@@ -32,8 +32,8 @@ class Mse:
             raise OptionError(f"mse: points must be at least 1, got {self.points}")
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
-        if isinstance(dist, Seeking):
-            return dist.least_mse(self.points, qtype)
+        if (seeker := seeking(dist)) is not None:
+            return seeker.least_mse(self.points, qtype)
         return sweep(dist, self.points, qtype)
 
     def two_sided(self, dist: Distribution, bits: int, /) -> tuple[Floats, Floats]:

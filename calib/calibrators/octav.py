@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calib.distribution import Distribution, Floats, Seeking
+from calib.distribution import Distribution, Floats, seeking
 from calib.errors import OptionError
 from calib.qtypes import QuantType
 
@@ -55,8 +55,9 @@ class Octav:
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
         noise = self._noise(qtype)
-        if not self.iterations and self.tolerance <= _CLOSEST and isinstance(dist, Seeking):
-            return dist.fixed_point(noise)
+        exact = not self.iterations and self.tolerance <= _CLOSEST
+        if exact and (seeker := seeking(dist)) is not None:
+            return seeker.fixed_point(noise)
         everything = dist.tail(np.zeros(dist.groups))
         nonzero = np.maximum(everything.count, 1)
         s = everything.sum / nonzero
