@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from calib.blocks import check_blocks
 from calib.calibrators import make
 from calib.errors import OptionError
 from calib.graph import Kind, Use
@@ -48,25 +49,38 @@ class Selection:
 class Widths:
     """Bits of weights, of activations, and of both in the first and last weighted layers.
 
-    ``edge`` None: 8, or the width of the rest where that is more.
+    ``edge`` None: 8, or the width of the rest where that is more. ``activations`` None: these stay
+    float, only weights are quantized.
 
     Raises:
         OptionError: if one is not 2 to 8 or 16.
     """
 
     weights: int = 8
-    activations: int = 8
+    activations: int | None = 8
     edge: int | None = None
 
     def __post_init__(self) -> None:
         check_width(self.weights, "weight-bits")
-        check_width(self.activations, "activation-bits")
+        if self.activations is not None:
+            check_width(self.activations, "activation-bits")
         if self.edge is not None:
             check_width(self.edge, "edge-bits")
 
+    @property
+    def widest(self) -> int:
+        """That of the kind of tensors that has more bits."""
+        return max(self.weights, self.activations or 0)
+
     def of(self, kind: Kind, edge: bool) -> int:
-        """The bits of a tensor of that kind, used by an edge layer or not."""
+        """The bits of a tensor of that kind, used by an edge layer or not.
+
+        Raises:
+            ValueError: for an activation that stays float.
+        """
         bits = self.weights if kind == "weight" else self.activations
+        if bits is None:
+            raise ValueError("activations have no width: they stay float")
         if not edge:
             return bits
         return max(8, bits) if self.edge is None else self.edge
@@ -152,6 +166,10 @@ class Rules:
         method: calibrator, as `calib.calibrators.make` reads it.
         weight_method: another one for weights; None for the same.
         weight_granularity: ``per-channel`` or ``per-tensor``.
+        block_size: so many weights of a MatMul or Gemm, along its input axis, share a threshold;
+            None for whole channels.
+        weight_format: how blocks are written: ``qdq``, or as onnxruntime's own operator
+            ``matmulnbits`` or ``matmulnbits-int8``, see `calib.matmulnbits`.
         reduction: of activations over batches.
         selection: which uses of tensors are quantized at all.
         overrides: for single tensors; of those that match, the first decides.
@@ -166,6 +184,8 @@ class Rules:
     method: str = "octav"
     weight_method: str | None = None
     weight_granularity: str = "per-channel"
+    block_size: int | None = None
+    weight_format: str = "qdq"
     reduction: Reduction = field(default_factory=Reduction)
     selection: Selection = field(default_factory=Selection)
     overrides: tuple[TensorRule, ...] = ()
@@ -175,8 +195,27 @@ class Rules:
         if self.activations not in GRIDS:
             raise OptionError(f"activations must be {_or(GRIDS)}, got {self.activations!r}")
         _check_granularity("weight-granularity", self.weight_granularity)
+        check_blocks(self.block_size, self.weight_format, self.weight_granularity)
+        if self.weights_only:
+            self._check_weights_only()
         make(self.method)
         make(self.method_for("weight"))
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether activations stay float."""
+        return self.widths.activations is None
+
+    def _check_weights_only(self) -> None:
+        """Raises `OptionError` for a setting that is about activations."""
+        what = "is about activations, which activation-bits none keeps float: leave one of them out"
+        if self.reduction.name != "pool":
+            raise OptionError(f"reduce {self.reduction.name} {what}")
+        if self.activations != "symmetric":
+            raise OptionError(f"activations {self.activations} {what}")
+        for number, rule in enumerate(self.overrides):
+            if rule.kind == "activation":
+                raise OptionError(f"rules[{number}] {what}")
 
     def method_for(self, kind: Kind) -> str:
         """The calibrator of tensors of that kind."""

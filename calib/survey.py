@@ -164,6 +164,16 @@ def wide_bits(bits: int) -> int:
     return _WIDE_BITS if bits < _WIDE_BITS else _WIDEST_BITS
 
 
+def comparable(rules: Rules) -> Rules:
+    """``rules``; raises `OptionError` where they leave methods nothing but weights to differ on."""
+    if rules.weights_only:
+        raise OptionError(
+            "activation-bits none: methods are compared on weights and activations together; "
+            "leave it out here, or compare runs of octav-calibrate with it"
+        )
+    return rules
+
+
 def widened(rules: Rules, bits: int) -> Rules:
     """The rules with every tensor at ``bits`` at least."""
     edge = None if rules.widths.edge is None else max(bits, rules.widths.edge)

@@ -26,7 +26,7 @@ from calib.rules import Rules, Widths
 from calib.run import Run, Split
 from calib.saving import size_ratio
 from calib.sensitivity import Sensitivity, sensitivity
-from calib.survey import Candidates, Measured, Row, Survey, detailed, wide_bits, widened
+from calib.survey import Candidates, Measured, Row, Survey, comparable, detailed, wide_bits, widened
 from calib.switchable import Switchable
 from calib.table import CalibrationTable
 from calib.targets import Plan, make_plan
@@ -139,7 +139,7 @@ class _Job:
     """What the stages of one survey share."""
 
     def __init__(self, candidates: Candidates, rules: Rules, run: Run):
-        self.candidates, self.rules, self.run = candidates, rules, run
+        self.candidates, self.rules, self.run = candidates, comparable(rules), run
         self.split: Split | None = None
         self.lowest = rules  # what the details are about, once it is known which methods work
         self.notes: list[str] = []

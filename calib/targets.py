@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from calib.errors import ModelError, OptionError, one_line
-from calib.granularity import Granularity, PerTensor
+from calib.granularity import Blocked, Granularity, PerTensor
 from calib.graph import Kind, Model, Skipped, Use, quantizable_uses
 from calib.prepare import QUANTIZABLE_OPS
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths, found
@@ -73,17 +73,54 @@ def make_plan(model: Model, rules: Rules) -> Plan:
     chosen: dict[str, list[Use]] = {}
     left_out: list[Skipped] = []
     for use in uses:
+        if rules.weights_only and use.kind == "activation":
+            continue
         reason = _reason_against(use, rules)
         if reason is None:
             chosen.setdefault(use.tensor, []).append(use)
         else:
             left_out.append(Skipped(f"{use.tensor} of {use.node}", reason))
+    if rules.weights_only and all(use.kind == "activation" for use in uses):
+        raise OptionError(
+            f"{model.path}: activation-bits none leaves nothing to quantize: none of its "
+            f"{len(uses)} quantizable tensors is a weight"
+        )
     if not chosen:
         last = ", --op-types and rules" if rules.overrides else " and --op-types"
         raise OptionError(f"nothing left to quantize: --only, --exclude{last} leave none")
     specs = tuple(_merge(group, rules) for group in chosen.values())
     _check_finite(model, [spec.name for spec in specs if spec.kind == "weight"])
-    return Plan(specs, (*left_out, *skipped))
+    if rules.block_size is not None:
+        _check_blocks(model, specs, rules.block_size)
+    return Plan(specs, (*left_out, *_without_weights(uses, rules), *skipped))
+
+
+def _without_weights(uses: tuple[Use, ...], rules: Rules) -> list[Skipped]:
+    """Layers that stay float as only weights are quantized, and they have none."""
+    weighted = {use.node for use in uses if use.kind == "weight"}
+    nodes = dict.fromkeys(use.node for use in uses if use.node not in weighted)
+    reason = "it has no weight, and activation-bits is none"
+    return [Skipped(node, reason) for node in nodes] if rules.weights_only else []
+
+
+def _check_blocks(model: Model, specs: tuple[TensorSpec, ...], size: int) -> None:
+    """Raises `OptionError` if no weight has blocks, or none has more than one."""
+    cut = [spec for spec in specs if isinstance(spec.granularity, Blocked)]
+    if not cut:
+        raise OptionError(
+            f"block-size {size}: no weight of a MatMul or Gemm is quantized, and no other can have "
+            f"blocks; leave it out, the weights of Conv have a scale a channel"
+        )
+    longest = max(
+        spec.granularity.length(model.weight(spec.name).shape)
+        for spec in cut
+        if isinstance(spec.granularity, Blocked)
+    )
+    if longest <= size:
+        raise OptionError(
+            f"block-size {size}: no weight has more than {longest} values along its input axis, so "
+            f"blocks would be whole channels: choose less, or leave it out"
+        )
 
 
 def _check_finite(model: Model, weights: list[str]) -> None:
@@ -133,7 +170,11 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
     granularity: Granularity = PerTensor()
     notes: tuple[str, ...] = ()
     fineness = rule.granularity or rules.weight_granularity
-    if kind == "weight" and fineness == "per-channel":
+    axes = {use.inputs for use in uses}
+    axis = axes.pop() if len(axes) == 1 else None
+    if kind == "weight" and rules.block_size and not rule.granularity and axis is not None:
+        granularity = Blocked(axis, rules.block_size)
+    elif kind == "weight" and fineness == "per-channel":
         wanted = {use.granularity for use in uses}
         if len(wanted) == 1:
             granularity = wanted.pop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calib.arrays import Batch
-from calib.capture import Runtime, Session, Values, version
+from calib.capture import EXACT, Runtime, Session, Values, version
 from calib.checker import check_file
 from calib.comparison import Difference, check_nan
 from calib.errors import VerificationError, one_line
@@ -81,8 +81,9 @@ def verify(
     path: Path,
     batch: Batch,
     runtime: Runtime | None = None,
-) -> None:
-    """Raises `VerificationError` unless the file at ``path`` holds what ``quantized`` is, and
+) -> tuple[str, ...]:
+    """Notes on a good file; raises `VerificationError` unless the one at ``path`` holds what
+    ``quantized`` is, and
 
     - passes ``onnx.checker``, full check;
     - computes what the original does, were its QDQ pairs left out (to 60 dB; 40 dB where float16
@@ -91,7 +92,9 @@ def verify(
     - runs in onnxruntime with graph optimisation off and at the default level, its outputs free
       of NaN and every QDQ pair equal to `calib.quantize`, bit for bit, on ``batch``;
     - gives outputs at the two levels that differ by 10 dB less than quantization itself does, or at
-      the default level outputs that are no more than 1 dB further from the original's.
+      the default level outputs that are no more than 1 dB further from the original's. Layers of
+      which the weight alone is quantized are computed in float32 for that; what the default level
+      makes of them otherwise is a note.
     """
     try:
         check_file(path, full_check=True)
@@ -104,7 +107,11 @@ def verify(
     pairs = [_check_pairs(check, optimized) for optimized in (False, True)]
     plain, optimal = (check.run(path, optimized) for optimized in (False, True))
     hint = _first_difference(*pairs) + _known_cause(quantized)
+    notes = _rounded(check, expected, (plain, optimal))
+    if notes:
+        optimal = replace(check, runtime=replace(runtime or Runtime(), exact=True)).run(path)
     _check_levels(check, expected, (plain, optimal), hint)
+    return notes
 
 
 def _check_weights(check: _Check, written: ir.Model) -> None:
@@ -251,6 +258,36 @@ def _check_levels(
             )
 
 
+def _rounded(check: _Check, expected: Values, levels: tuple[Values, Values]) -> tuple[str, ...]:
+    """A note where the default level may round to int8 what the file leaves float, and does."""
+    plain, optimized = levels
+    alone = _alone(check.quantized)
+    floats = [name for name, values in plain.items() if values.dtype.kind == "f"]
+    for name in floats:
+        check_nan(name, expected[name], optimized[name])
+    apart = {name: _sqnr_db(plain, optimized, name) for name in floats}
+    if not alone or min(apart.values(), default=_SAME_DB) >= _SAME_DB:
+        return ()
+    name = min(apart, key=lambda name: apart[name])
+    exact, found = (_sqnr_db(expected, level, name) for level in levels)
+    note = (
+        f"{len(alone)} layers, the first {alone[0]!r}, have a quantized weight and a float input, "
+        f"which onnxruntime's default level rounds to int8: output {name!r} lies {found:.1f} dB "
+        f"from the float model, computed in float32 {exact:.1f} dB; session option {EXACT} = 0 "
+        f"keeps float32"
+    )
+    return (note,)
+
+
+def _alone(quantized: Quantized) -> list[str]:
+    """MatMul and Gemm of which the weight alone is quantized."""
+    records = quantized.table.records
+    both = {n for r in records if r.spec.kind == "activation" for n in r.spec.consumers}
+    weights = {n for r in records if r.spec.kind == "weight" for n in r.spec.consumers}
+    layers = (node.name for node in quantized.ir.graph if node.op_type in ("MatMul", "Gemm"))
+    return [str(name) for name in layers if name in weights and name not in both]
+
+
 def _first_difference(plain: Values, optimized: Values) -> str:
     for name, values in plain.items():
         if not np.array_equal(values, optimized[name]):
@@ -271,10 +308,7 @@ def _known_cause(quantized: Quantized) -> str:
             ". onnxruntime before 1.31 can mix up 4-bit and 8-bit activations: upgrade it, or use "
             "other activation-bits"
         )
-    both = {name for record in activations for name in record.spec.consumers}
-    weights = (r for r in quantized.table.records if r.spec.kind == "weight")
-    alone = sorted({name for r in weights for name in r.spec.consumers if name not in both})
-    if alone:
+    if alone := _alone(quantized):
         return (
             f". Of {alone[0]!r} only the weight is quantized, which onnxruntime may compute in "
             f"int8: quantize both its inputs, or neither"

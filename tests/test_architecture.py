@@ -41,6 +41,7 @@ FLOW = (
     "checker",
     "prepare",
     "graph",
+    "blocks",
     "rules",
     "targets",
     "readers",

@@ -111,6 +111,12 @@ TYPED: dict[str, tuple[Sequence[object], str]] = {
     "bits": (["--bits", 4], "bits: 4"),
     "weight bits": (["--weight-bits", 4], "weight-bits: 4"),
     "activation bits": (["--activation-bits", 4], "activation-bits: 4"),
+    "no activation bits": (["--activation-bits", "none"], "activation-bits: none"),
+    "block size": (["--block-size", 32], "block-size: 32"),
+    "weight format": (
+        ["--block-size", 32, "--weight-format", "matmulnbits"],
+        "weight-format: matmulnbits",
+    ),
     "edge bits": (["--edge-bits", 4], "edge-bits: 4"),
     "method": (["--method", "max"], "method: max"),
     "weight method": (["--weight-method", "mse:9"], "weight-method: mse:9"),

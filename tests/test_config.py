@@ -141,7 +141,13 @@ def test_every_setting_is_read_in_its_type() -> None:
             TensorRule("head", skip=True),
         ),
     )
-    unread = {"observations", "verbose", "scheduler"}  # contradict others
+    unread = {
+        "observations",
+        "verbose",
+        "scheduler",
+        "block_size",
+        "weight_format",
+    }  # contradict others
     default = Config()
     for f in fields(Config):
         same = getattr(config, f.name) == getattr(default, f.name)
