@@ -7,6 +7,7 @@ from calib.errors import OptionError
 WEIGHT_FORMATS = ("qdq", "matmulnbits", "matmulnbits-int8")
 # What onnxruntime's MatMulNBits computes with: MLAS takes these lengths and no other.
 FUSED_SIZES = (16, 32, 64, 128, 256)
+_MOST_BITS = 8
 _SMALLEST = 2  # of one value, each would be its own scale
 
 
@@ -32,4 +33,20 @@ def check_blocks(block_size: int | None, weight_format: str, weight_granularity:
     if weight_granularity == "per-tensor":
         raise OptionError(
             "block-size and weight-granularity per-tensor contradict each other: leave one out"
+        )
+
+
+def check_operator(weight_format: str, weights: int, activations: int | None) -> None:
+    """Raises `OptionError` where onnxruntime's operator cannot hold tensors of these widths."""
+    if weight_format == "qdq":
+        return
+    if activations is not None:
+        raise OptionError(
+            f"weight-format {weight_format} takes activations as they are, activation-bits is "
+            f"{activations}: make it none, or use qdq"
+        )
+    if weights > _MOST_BITS:
+        raise OptionError(
+            f"weight-format {weight_format} holds weights of 2 to {_MOST_BITS} bits, weight-bits "
+            f"is {weights}: choose fewer, or use qdq"
         )

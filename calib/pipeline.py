@@ -16,7 +16,9 @@ from calib.comparison import Comparison
 from calib.data import open_data
 from calib.files import whole_file, write_texts, writing
 from calib.graph import Model, load_model
+from calib.matmulnbits import in_format
 from calib.observations import Observations
+from calib.packed import verified
 from calib.report.calibrated import calibration_document
 from calib.report.document import figures, number, plain, verdict_facts, versions
 from calib.report.page import render_page
@@ -25,7 +27,7 @@ from calib.run import Run, Split, check_weights_only
 from calib.saving import Quantized, external_files, free_data_name
 from calib.table import CalibrationTable, dumps
 from calib.targets import Rules, make_plan
-from calib.verification import verify
+from calib.verification import Check
 from calib.write import write_qdq
 
 _LOW_SQNR_DB = 10.0
@@ -176,9 +178,11 @@ class _Work:
         run, split, target = self.split.run, self.split, self.target
         with self.stage("save"), writing(target):
             name = free_data_name(target, [run.summary, run.save_observations, run.report])
-            quantized = self.quantized.write(path, run.external_data, name)
+            quantized = in_format(self.quantized, self.rules.weight_format)
+            quantized = quantized.write(path, run.external_data, name)
         with self.stage("verify"):
-            told = verify(self.model, quantized, path, split.first_batch(), run.runtime)
+            check = Check(self.model, quantized, path, split.first_batch(), run.runtime)
+            told = verified(check, self.quantized)
         with self.stage("evaluate"):
             comparison = split.compare(self.model, path)
         sizes = self.model.n_bytes, sum(file.stat().st_size for file in path.parent.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from calib.blocks import check_blocks
+from calib.blocks import check_blocks, check_operator
 from calib.calibrators import make
 from calib.errors import OptionError
 from calib.graph import Kind, Use
@@ -196,6 +196,7 @@ class Rules:
             raise OptionError(f"activations must be {_or(GRIDS)}, got {self.activations!r}")
         _check_granularity("weight-granularity", self.weight_granularity)
         check_blocks(self.block_size, self.weight_format, self.weight_granularity)
+        check_operator(self.weight_format, self.widths.weights, self.widths.activations)
         if self.weights_only:
             self._check_weights_only()
         make(self.method)

@@ -114,7 +114,7 @@ TYPED: dict[str, tuple[Sequence[object], str]] = {
     "no activation bits": (["--activation-bits", "none"], "activation-bits: none"),
     "block size": (["--block-size", 32], "block-size: 32"),
     "weight format": (
-        ["--block-size", 32, "--weight-format", "matmulnbits"],
+        ["--activation-bits", "none", "--block-size", 32, "--weight-format", "matmulnbits"],
         "weight-format: matmulnbits",
     ),
     "edge bits": (["--edge-bits", 4], "edge-bits: 4"),
