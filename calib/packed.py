@@ -16,26 +16,28 @@ from calib.errors import VerificationError, one_line
 from calib.matmulnbits import DOMAIN, OPERATOR, inputs_first, read_packed, unpack
 from calib.quantize import fake_quantize
 from calib.saving import Quantized
-from calib.verification import Check, check_levels, sqnr_db, verify
+from calib.verification import Check, check_levels, sqnr_db
+from calib.verification import verify as verify_qdq
 
 _ROUNDING_LEVEL = 4
 _LEVELS = {False: "with optimisation off", True: "at the default level"}
 
 
-def verified(check: Check, source: Quantized) -> tuple[str, ...]:
-    """As `verify`, or `verify_packed` where the file was made of ``source`` with the operator."""
+def verify(check: Check, source: Quantized) -> tuple[str, ...]:
+    """As `calib.verification.verify`, or `verify_packed` where the file was made of ``source`` with the operator."""
     if check.quantized.stored != source.stored:
         return verify_packed(check, source)
-    return verify(check.model, check.quantized, check.path, check.batch, check.runtime)
+    return verify_qdq(check.model, check.quantized, check.path, check.batch, check.runtime)
 
 
 def verify_packed(check: Check, twin: Quantized) -> tuple[str, ...]:
     """Notes on a good file; raises `VerificationError` unless
 
-    - ``twin``, the same model with DequantizeLinear before its weights, passes `verify`;
+    - ``twin``, the same model with DequantizeLinear before its weights, passes
+      `calib.verification.verify`;
     - the operators of the file multiply with what `calib.quantize` makes of the weights, bit for
       bit;
-    - its outputs are those of ``twin`` with optimisation off, as `verify` asks of the two levels.
+    - its outputs are those of ``twin`` with optimisation off, as that asks of the two levels.
       Where the operators round their input to int8, how far they lie from them is a note.
     """
     try:
@@ -48,7 +50,7 @@ def verify_packed(check: Check, twin: Quantized) -> tuple[str, ...]:
     with tempfile.TemporaryDirectory(prefix="octav-calibrate-") as folder:
         path = Path(folder, "model.onnx")
         saved = twin.write(path)
-        verify(check.model, saved, path, check.batch, check.runtime)
+        verify_qdq(check.model, saved, path, check.batch, check.runtime)
         plain = replace(check, quantized=saved).run(path, optimized=False)
     expected = check.run(check.model.path)
     found = {optimized: check.run(check.path, optimized) for optimized in (False, True)}

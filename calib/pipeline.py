@@ -18,7 +18,7 @@ from calib.files import whole_file, write_texts, writing
 from calib.graph import Model, load_model
 from calib.matmulnbits import in_format
 from calib.observations import Observations
-from calib.packed import verified
+from calib.packed import verify
 from calib.report.calibrated import calibration_document
 from calib.report.document import figures, number, plain, verdict_facts, versions
 from calib.report.page import render_page
@@ -182,7 +182,7 @@ class _Work:
             quantized = quantized.write(path, run.external_data, name)
         with self.stage("verify"):
             check = Check(self.model, quantized, path, split.first_batch(), run.runtime)
-            told = verified(check, self.quantized)
+            told = verify(check, self.quantized)
         with self.stage("evaluate"):
             comparison = split.compare(self.model, path)
         sizes = self.model.n_bytes, sum(file.stat().st_size for file in path.parent.iterdir())

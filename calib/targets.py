@@ -167,19 +167,7 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
     kind = uses[0].kind
     rule = _rule_for(uses, rules) or TensorRule("")
     bits = rule.bits or max(rules.widths.of(kind, use.edge) for use in uses)
-    granularity: Granularity = PerTensor()
-    notes: tuple[str, ...] = ()
-    fineness = rule.granularity or rules.weight_granularity
-    axes = {use.inputs for use in uses}
-    axis = axes.pop() if len(axes) == 1 else None
-    if kind == "weight" and rules.block_size and not rule.granularity and axis is not None:
-        granularity = Blocked(axis, rules.block_size)
-    elif kind == "weight" and fineness == "per-channel":
-        wanted = {use.granularity for use in uses}
-        if len(wanted) == 1:
-            granularity = wanted.pop()
-        else:
-            notes = ("per-tensor: its consumers want channels along different axes",)
+    granularity, notes = _granularity(uses, rules, rule)
     return TensorSpec(
         uses[0].tensor,
         kind,
@@ -191,3 +179,24 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
         notes=notes,
         grid=rules.activations if kind == "activation" else "symmetric",
     )
+
+
+def _granularity(
+    uses: list[Use], rules: Rules, rule: TensorRule
+) -> tuple[Granularity, tuple[str, ...]]:
+    """Of a tensor, and what is to be said of it."""
+    if uses[0].kind == "activation":
+        return PerTensor(), ()
+    axes = {use.inputs for use in uses}
+    axis = axes.pop() if len(axes) == 1 else None
+    notes = list[str]()
+    if rules.block_size is not None:
+        if axis is not None and rule.granularity is None:
+            return Blocked(axis, rules.block_size), ()
+        notes.append("no blocks: only a weight that MatMul or Gemm reads along one axis has any")
+    if (rule.granularity or rules.weight_granularity) == "per-channel":
+        wanted = {use.granularity for use in uses}
+        if len(wanted) == 1:
+            return wanted.pop(), tuple(notes)
+        notes.append("per-tensor: its consumers want channels along different axes")
+    return PerTensor(), tuple(notes)

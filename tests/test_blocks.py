@@ -17,9 +17,11 @@ from onnx import numpy_helper
 
 from calib import CalibError, Rules, Run, Widths, calibrate_model, compare_methods
 from calib.capture import Runtime, Session
+from calib.config import Config
 from calib.granularity import Blocked
 from calib.pipeline import Calibration
 from calib.rules import Reduction, TensorRule
+from cli.calibrate import main
 
 
 @pytest.fixture
@@ -120,6 +122,9 @@ def test_a_rule_can_take_a_weight_out_of_the_blocks(room: Path) -> None:
         "w1": "per-channel(axis=1)",
         "w2": "blocked(axis=0, 32)",
     }
+    said = {r.name: r.notes for r in made.table.records}
+    note = "no blocks: only a weight that MatMul or Gemm reads along one axis has any"
+    assert [note in said[name] for name in ("w0", "w1", "w2")] == [False, True, False]
 
 
 def test_the_summary_counts_blocks_instead_of_listing_them(room: Path) -> None:
@@ -141,6 +146,31 @@ def test_weights_alone_need_no_data_and_only_the_comparison_says_so(room: Path) 
     assert made.warnings == ("NO DATA: the models were compared on made-up inputs; give --data",)
     assert made.table.n_samples == 0
     assert {r.spec.kind for r in made.table.records} == {"weight"}
+
+
+def test_the_command_line_takes_none_and_a_block_size(
+    room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--weight-bits", "4", "--activation-bits", "none", "--block-size", "32"]
+    assert main([str(room / "MatMul.onnx"), *options]) == 0
+    captured = capsys.readouterr()
+    assert "3 weights (1 at 4 bits, 2 at 8 bits), 0 activations" in " ".join(captured.out.split())
+    assert "the models were compared on made-up inputs" in captured.err
+    assert (room / "MatMul-w4b32.onnx").exists()
+    for wrong in ("some", "4.5", "-1"):
+        assert main([str(room / "MatMul.onnx"), "--activation-bits", wrong]) == 2
+        error = capsys.readouterr().err
+        assert "activation-bits must be" in error
+        assert len(error.splitlines()) == 1
+
+
+def test_bits_of_the_command_line_leave_activations_float_where_a_file_says_so() -> None:
+    config = Config.parse("activation-bits: none\nweight-bits: 4")
+    assert config.over({"bits": 8}) == Config(bits=8, activation_bits="none")
+    assert config.to_rules().widths == Widths(4, None)
+    assert Config.parse(config.to_yaml()) == config
+    with pytest.raises(CalibError, match=r"activation-bits must be a whole number or none, got "):
+        Config.parse("activation-bits: [4]")
 
 
 def test_data_is_compared_on_where_there_is_any(room: Path) -> None:
