@@ -24,7 +24,8 @@ _LEVELS = {False: "with optimisation off", True: "at the default level"}
 
 
 def verify(check: Check, source: Quantized) -> tuple[str, ...]:
-    """As `calib.verification.verify`, or `verify_packed` where the file was made of ``source`` with the operator."""
+    """As `calib.verification.verify`, or `verify_packed` where the file has the operator in the
+    place of DequantizeLinear in ``source``."""
     if check.quantized.stored != source.stored:
         return verify_packed(check, source)
     return verify_qdq(check.model, check.quantized, check.path, check.batch, check.runtime)

@@ -63,6 +63,7 @@ _GROUPS = {
             "Widths and methods",
             "edge_bits",
             "weight_granularity",
+            "block_size",
             "activations",
             "reduce",
             "mean_batches",
