@@ -9,8 +9,10 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.biasscales import fit_biases
 from calib.calibrators import Calibrator, is_built_in, make
 from calib.counter import Counter
+from calib.counterfile import Counters
 from calib.distribution import HISTOGRAM_BITS
 from calib.errors import CalibError, ObservationsError
 from calib.granularity import PerTensor, pieces, to_groups
@@ -28,7 +30,8 @@ from calib.stacking import (
     spread,
 )
 from calib.table import CalibrationTable, TensorRecord, decibels
-from calib.targets import Plan, Reduction, Rules, TensorSpec
+from calib.targets import TARGETS, Plan, Reduction, Rules, TensorSpec
+from calib.zeropoints import shifted
 
 _MOST = 1 << 20  # values of weights at a time; a value takes 40 bytes meanwhile
 _FIRST = 1 << 18  # fewer at first, so that there is something to do for every core
@@ -107,11 +110,13 @@ class _Tensor:
         self.parts: list[Answers] = []
         self._known: dict[Hashable, int] = {}
 
-    def ask(self, identity: int, calibrator: Calibrator, bits: int) -> int:
-        """The number of the question for the thresholds of ``calibrator`` at this width."""
-        number = self._known.setdefault((identity, bits), len(self._known))
+    def ask(self, identity: int, calibrator: Calibrator, spec: TensorSpec) -> int:
+        """The number of the question for the thresholds of ``calibrator`` on the spec's grid."""
+        symmetric = spec.grid == "symmetric"
+        number = self._known.setdefault((identity, spec.bits, symmetric), len(self._known))
         if number == len(self.questions):
-            qtype = QuantType(bits, self.counter is None or self.signed, self.counter is None)
+            signed = self.counter is None or self.signed or symmetric
+            qtype = QuantType(spec.bits, signed, self.counter is None)
             self.questions.append(Asked(calibrator, qtype))
         return number
 
@@ -194,10 +199,10 @@ def _questions(
     """Each tensor of the plan, and which of its answers is meant; new ones join ``tensors``."""
     mean = job.rules.reduction if job.rules.reduction.name != "pool" else None
     for spec in job.plan.specs:
-        key = spec.name, spec.kind, spec.granularity, mean
+        key = spec.shares or spec.name, spec.kind, spec.granularity, mean
         tensor = tensors.get(key) or tensors.setdefault(key, _tensor(observations, spec, mean))
         calibrator = job.calibrators[spec.name]
-        yield spec, tensor, tensor.ask(identities[id(calibrator)], calibrator, spec.bits)
+        yield spec, tensor, tensor.ask(identities[id(calibrator)], calibrator, spec)
 
 
 def _tensor(observations: Observations, spec: TensorSpec, mean: Reduction | None) -> _Tensor:
@@ -206,8 +211,18 @@ def _tensor(observations: Observations, spec: TensorSpec, mean: Reduction | None
     batches = None
     if mean is not None:
         kept = observations.batches[: mean.batches]
-        batches = [counter for batch in kept if (counter := batch[spec.name]).n_finite]
-    return _Tensor(spec, observations.counters[spec.name], batches)
+        batches = [counter for batch in kept if (counter := _counter(batch, spec)).n_finite]
+    return _Tensor(spec, _counter(observations.counters, spec), batches)
+
+
+def _counter(counters: Counters, spec: TensorSpec) -> Counter:
+    """What was counted of all that shares the grid of ``spec``."""
+    if len(spec.shares) <= 1:
+        return counters[spec.name]
+    total = Counter()
+    for name in spec.shares:
+        total.merge(counters[name])
+    return total
 
 
 def _answer(model: Model, tensors: Sequence[_Tensor]) -> None:
@@ -289,12 +304,17 @@ def _table(
     unseen = "no value of it was seen in the data"
     mean, kept = job.rules.reduction, len(observations.batches)
     fewer = [f"mean over all {kept} batches that there are"] if kept < mean.kept_batches else []
-    return CalibrationTable(
+    records = (
+        shifted(_record(*row, fewer), row[1].counter, model) for row in rows if not row[1].empty
+    )
+    table = CalibrationTable(
         model.sha256,
         observations.n_samples,
-        tuple(_record(*row, fewer) for row in rows if not row[1].empty),
+        tuple(records),
         (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec, t, _ in rows if t.empty)),
+        target=job.rules.target,
     )
+    return fit_biases(model, table) if TARGETS[table.target].bias == "int32" else table
 
 
 def _record(spec: TensorSpec, tensor: _Tensor, number: int, fewer: list[str]) -> TensorRecord:

@@ -14,6 +14,8 @@ from calib.qtypes import check_width
 KINDS = ("weight", "activation")
 WEIGHT_GRANULARITIES = ("per-channel", "per-tensor")
 REDUCTIONS = ("pool", "mean")
+TARGETS = ("generic", "onnxruntime", "openvino", "tensorrt")
+REDUCED_BITS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,8 @@ class Rules:
         reduction: of activations over batches.
         selection: which uses of tensors are quantized at all.
         overrides: for single tensors; of those that match, the first decides.
+        target: the runtime that the model is for; see `calib.targets`.
+        reduce_range: weights of 7 bits at most, for CPUs whose sums of U8S8 products saturate.
 
     Raises:
         OptionError, CalibratorError: for a setting that is unknown or out of bounds.
@@ -166,8 +170,12 @@ class Rules:
     reduction: Reduction = field(default_factory=Reduction)
     selection: Selection = field(default_factory=Selection)
     overrides: tuple[TensorRule, ...] = ()
+    target: str = "generic"
+    reduce_range: bool = False
 
     def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise OptionError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
         _check_granularity("weight-granularity", self.weight_granularity)
         make(self.method)
         make(self.method_for("weight"))

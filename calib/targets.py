@@ -1,11 +1,13 @@
 """Which tensors get a QDQ pair, at which width and granularity, by which calibrator.
 
-The placement is the paper's: both inputs of every Conv, ConvTranspose, Gemm and MatMul.
+Where pairs stand is a matter of the target. ``generic`` is the paper's placement: both inputs of
+every Conv, ConvTranspose, Gemm and MatMul.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,10 +15,74 @@ import numpy as np
 from calib.errors import ModelError, OptionError, one_line
 from calib.granularity import Granularity, PerTensor
 from calib.graph import Kind, Model, Skipped, Use, quantizable_uses
+from calib.placement import Grid, Placed, Target, place
 from calib.prepare import QUANTIZABLE_OPS
-from calib.rules import Reduction, Rules, Selection, TensorRule, Widths, found
+from calib.rules import REDUCED_BITS, Reduction, Rules, Selection, TensorRule, Widths, found
 
-__all__ = ["Plan", "Reduction", "Rules", "Selection", "TensorSpec", "Widths", "make_plan"]
+__all__ = [
+    "TARGETS",
+    "Plan",
+    "Reduction",
+    "Rules",
+    "Selection",
+    "Target",
+    "TensorSpec",
+    "Widths",
+    "make_plan",
+]
+
+_LAYERS = ("Conv", "Gemm", "MatMul")
+# Values pass these unchanged; of Pad and Resize see `calib.placement`.
+_MOVEMENTS = (
+    *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice", "Split"),
+    *("MaxPool", "Resize", "Pad", "Gather", "DepthToSpace", "SpaceToDepth", "Expand"),
+)
+_JOINED = ("Add", "Mul", "Sum", "AveragePool", "GlobalAveragePool", "Concat")
+_TABLES = (
+    Target("generic", "any runtime"),
+    # Its selectors make QLinear operators where DequantizeLinear -> operator -> QuantizeLinear
+    # stands; U8S8 is what its kernels are fastest on. QGemm and MatMulIntegerToFloat give floats.
+    Target(
+        "onnxruntime",
+        "onnxruntime's CPU",
+        weight_bits=(5, 6, 7, 8),
+        activation_bits=(8,),
+        grid="zero-point",
+        bias="int32",
+        layers=_LAYERS,
+        joined=(*_JOINED, "Sigmoid", "LeakyRelu"),
+        moved=_MOVEMENTS,
+        one_grid=("Concat",),
+        fused=("Relu", "Clip"),
+        outputs=(*_LAYERS, *_JOINED, "Sigmoid", "LeakyRelu"),
+        float_outputs=("Gemm", "MatMul"),
+        half=False,
+    ),
+    # It reads pairs at the inputs of operators, and finds itself what goes between them.
+    Target(
+        "openvino",
+        "OpenVINO",
+        weight_bits=(5, 6, 7, 8),
+        activation_bits=(8,),
+        grid="zero-point",
+        bias="float",
+        joined=_JOINED,
+        moved=_MOVEMENTS,
+        one_grid=("Concat",),
+        half=False,
+    ),
+    # "Best practices for placement": inputs of weighted layers, and the residual input of an Add.
+    Target(
+        "tensorrt",
+        "TensorRT",
+        weight_bits=(8,),
+        activation_bits=(8,),
+        grid="symmetric",
+        bias="float",
+        one_branch=True,
+    ),
+)
+TARGETS = {target.name: target for target in _TABLES}
 
 # By the graph of a model, which does not change: many plans are made for one model.
 _USES: WeakKeyDictionary[object, tuple[tuple[Use, ...], tuple[Skipped, ...]]] = WeakKeyDictionary()
@@ -26,7 +92,13 @@ _FINITE: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to quantize: one QDQ pair, shared by all its ``consumers`` (node names), with a
-    threshold of the calibrator that ``method`` names."""
+    threshold of the calibrator that ``method`` names.
+
+    Attributes:
+        grid: of an activation: by its sign, with a zero point, or symmetric.
+        shares: names of all activations of one grid, this one among them; empty where alone.
+        everyone: all that read the tensor read the pair, and so does an output of the model.
+    """
 
     name: str
     kind: Kind
@@ -36,6 +108,9 @@ class TensorSpec:
     method: str = "octav"
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
+    grid: Grid = "auto"
+    shares: tuple[str, ...] = ()
+    everyone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +142,12 @@ def make_plan(model: Model, rules: Rules) -> Plan:
             f"{model.path}: nothing to quantize: no {', '.join(QUANTIZABLE_OPS)} with float32 or "
             f"float16 inputs{first}"
         )
-    _check_patterns(uses, rules)
+    target = TARGETS[rules.target]
+    _check_patterns(_all_uses(model, uses, target), rules)
     chosen: dict[str, list[Use]] = {}
     left_out: list[Skipped] = []
     for use in uses:
-        reason = _reason_against(use, rules)
+        reason = _reason_against(use, rules) or _refused(use, target)
         if reason is None:
             chosen.setdefault(use.tensor, []).append(use)
         else:
@@ -79,9 +155,56 @@ def make_plan(model: Model, rules: Rules) -> Plan:
     if not chosen:
         last = ", --op-types and rules" if rules.overrides else " and --op-types"
         raise OptionError(f"nothing left to quantize: --only, --exclude{last} leave none")
-    specs = tuple(_merge(group, rules) for group in chosen.values())
+    specs = tuple(_specs(model, chosen, target, rules))
     _check_finite(model, [spec.name for spec in specs if spec.kind == "weight"])
     return Plan(specs, (*left_out, *skipped))
+
+
+def _specs(
+    model: Model, chosen: dict[str, list[Use]], target: Target, rules: Rules
+) -> Iterator[TensorSpec]:
+    if not target.spreads:
+        for group in chosen.values():
+            yield _on_target(_merge(group, rules), target, group)
+        return
+
+    def allowed(use: Use) -> bool:
+        return _reason_against(replace(use, op_type=rules.selection.op_types[0]), rules) is None
+
+    for placed in place(model, target, chosen, allowed).values():
+        yield _on_target(_placed(placed, rules), target, placed.uses)
+
+
+def _placed(placed: Placed, rules: Rules) -> TensorSpec:
+    spec = replace(
+        _merge(list(placed.uses), rules),
+        consumers=placed.readers,
+        everyone=placed.everyone,
+        shares=placed.shares,
+    )
+    if placed.shares:
+        others = len(placed.shares) - 1
+        note = f"one grid with {others} other{'s' if others > 1 else ''}"
+        spec = replace(spec, notes=(*spec.notes, note))
+    return spec
+
+
+def _on_target(spec: TensorSpec, target: Target, uses: Sequence[Use]) -> TensorSpec:
+    """``spec`` on the grid of ``target``.
+
+    Raises:
+        OptionError: if the target has no kernels for its width.
+    """
+    allowed = target.weight_bits if spec.kind == "weight" else target.activation_bits
+    if allowed and spec.bits not in allowed:
+        widths = " or ".join(map(str, allowed))
+        raise OptionError(
+            f"target {target.name}: {spec.kind} {spec.name!r} of {spec.bits} bits: "
+            f"{target.runtime} computes with {widths}: use {spec.kind}-bits {allowed[-1]}, or "
+            f"target generic"
+        )
+    of_layer = any(use.op_type in QUANTIZABLE_OPS for use in uses)
+    return replace(spec, grid="auto" if spec.kind == "weight" and of_layer else target.grid)
 
 
 def _check_finite(model: Model, weights: list[str]) -> None:
@@ -90,6 +213,17 @@ def _check_finite(model: Model, weights: list[str]) -> None:
         if name not in known and not np.isfinite(model.weight(name)).all():
             raise ModelError(f"{model.path}: weight {name!r} holds NaN or infinity")
         known.add(name)
+
+
+def _all_uses(model: Model, uses: tuple[Use, ...], target: Target) -> tuple[Use, ...]:
+    """All that a rule may name: with a target, also what other operators read and make."""
+    if not target.spreads:
+        return uses
+    of_layers: dict[str, list[Use]] = {}
+    for use in uses:
+        of_layers.setdefault(use.tensor, []).append(use)
+    placed = place(model, target, of_layers, lambda _: True)
+    return tuple(use for each in placed.values() for use in each.uses)
 
 
 def _check_patterns(uses: tuple[Use, ...], rules: Rules) -> None:
@@ -117,6 +251,14 @@ def _reason_against(use: Use, rules: Rules) -> str | None:
     return f"matched by rule {rule.match!r}" if rule is not None and rule.skip else None
 
 
+def _refused(use: Use, target: Target) -> str | None:
+    if use.op_type not in target.layers:
+        return f"{target.runtime} has no integer kernel for {use.op_type}"
+    if use.dtype == "float16" and not target.half:
+        return f"{use.tensor!r} is float16, the integer kernels of {target.runtime} give float32"
+    return None
+
+
 def _rule_for(uses: list[Use], rules: Rules) -> TensorRule | None:
     """The first rule that matches any of ``uses``."""
     return next((r for r in rules.overrides if any(r.matches(use) for use in uses)), None)
@@ -128,6 +270,8 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
     kind = uses[0].kind
     rule = _rule_for(uses, rules) or TensorRule("")
     bits = rule.bits or max(rules.widths.of(kind, use.edge) for use in uses)
+    if kind == "weight" and rules.reduce_range:
+        bits = min(bits, REDUCED_BITS)
     granularity: Granularity = PerTensor()
     notes: tuple[str, ...] = ()
     fineness = rule.granularity or rules.weight_granularity

@@ -40,6 +40,7 @@ FLOW = (
     "prepare",
     "graph",
     "rules",
+    "placement",
     "targets",
     "readers",
     "arrays",
@@ -61,6 +62,8 @@ FLOW = (
     "shards",
     "cluster",
     "table",
+    "zeropoints",
+    "biasscales",
     "stacking",
     "calibration",
     "confidence",
@@ -78,6 +81,8 @@ FLOW = (
     "sensitivity",
     "bounds",
     "verification",
+    "targetrules",
+    "kernels",
     "run",
     "report",
     "report.page",
@@ -119,7 +124,7 @@ TORCH = (
 )
 # The only files that may import each of these libraries, or any part of them.
 DOORS = {
-    "onnxruntime": {"calib.capture", "calib.rivals"},
+    "onnxruntime": {"calib.capture", "calib.rivals", "calib.kernels"},
     "onnx": {
         "calib.prepare",
         "calib.checker",
@@ -139,6 +144,8 @@ DOORS = {
         "calib.biases",
         "calib.write",
         "calib.verification",
+        "calib.targetrules",
+        "calib.kernels",
         "calib.switchable",
         "calib.inspection",
         "calib.qat.marking",
