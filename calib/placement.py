@@ -36,6 +36,7 @@ class Target:
         outputs: operators that run in integers only where a pair stands behind them.
         float_outputs: those of ``outputs`` that need none where only float operators read them.
         half: whether it takes float16.
+        tied: whether several layers may read one quantized weight.
         one_branch: a residual Add gets a pair at one of its inputs alone.
     """
 
@@ -53,6 +54,7 @@ class Target:
     outputs: tuple[str, ...] = ()
     float_outputs: tuple[str, ...] = ()
     half: bool = True
+    tied: bool = True
     one_branch: bool = False
 
     @property
@@ -162,7 +164,7 @@ class _Walk:
             shares = tuple(sorted(self.grids.get(name, ())))
             names = [use.node for use in uses if use.tensor == name and self._reads(use)]
             if everyone:
-                names = list(self._all_readers(name))
+                names = [str(n.name) for n in self._all_readers(name) if not self._stays_float(n)]
             found[name] = Placed(tuple(uses), shares, everyone, tuple(dict.fromkeys(names)))
         return found
 
@@ -174,10 +176,17 @@ class _Walk:
     def _nodes(self) -> dict[str, Any]:
         return {str(node.name): node for node in self.graph}
 
-    def _all_readers(self, name: str) -> Iterator[str]:
+    def _all_readers(self, name: str) -> Iterator[Any]:
         for node in self.graph:
             if any(v is not None and v.name == name for v in node.inputs):
-                yield str(node.name)
+                yield node
+
+    def _stays_float(self, node: Any) -> bool:
+        """Whether a layer that shall stay float must read floats for that: between two pairs,
+        onnxruntime 1.31 quantizes its weight by itself."""
+        if node.op_type not in QUANTIZABLE_OPS or node in self.layers:
+            return False
+        return self._paired(self._carrier(node.outputs[0]))
 
     def _wanted(self) -> set[Any]:
         """Values that an operator with integer kernels reads, be it behind movements."""
@@ -207,13 +216,18 @@ class _Walk:
         kept_float = op_type in self.target.float_outputs and value not in self.wanted
         if op_type not in (*self.target.outputs, *self.target.fused) or kept_float:
             return
+        value = self._carrier(value)
+        if self._add(value, node):
+            self.everyone.add(str(value.name))
+
+    def _carrier(self, value: Any) -> Any:
+        """``value`` behind the activation functions that alone read it."""
         while value not in self.outputs and len(value.uses()) == 1:
             reader = next(iter(value.uses())).node
             if reader.op_type not in self.target.fused or reader.graph is not self.graph:
                 break
             value = reader.outputs[0]
-        if self._add(value, node):
-            self.everyone.add(str(value.name))
+        return value
 
     def _move(self, node: Any) -> None:
         """One grid on both sides, where values come in integers and are wanted in integers."""
@@ -245,6 +259,9 @@ class _Walk:
         if value.dtype is None or value.dtype.name != "FLOAT":
             return False
         if is_constant(value) and node.op_type not in ("Add", "Mul", "Sum"):
+            return False
+        maker = None if value is node.outputs[0] else value.producer()
+        if maker is not None and maker.op_type in QUANTIZABLE_OPS and maker not in self.layers:
             return False
         return self.allowed(self._use(value, node))
 

@@ -193,6 +193,18 @@ def concat_one_grid(graph: ir.Graph) -> Iterator[str]:
             yield f"the inputs of {node.name!r} have several scales"
 
 
+def weights_apart(graph: ir.Graph) -> Iterator[str]:
+    """No two layers read one quantized weight: OpenVINO 2026.4 mixes them up."""
+    readers: dict[str, str] = {}
+    for node in _layers(graph):
+        pair = _dequantize(node.inputs[1])
+        if pair is None or not _of_constant(pair) or pair.inputs[0] is None:
+            continue
+        first = readers.setdefault(str(pair.inputs[0].name), str(node.name))
+        if first != node.name:
+            yield f"{first!r} and {node.name!r} share a quantized weight"
+
+
 def float_biases(graph: ir.Graph) -> Iterator[str]:
     """Biases are float."""
     yield from trt_no_quantized_bias(graph)
@@ -201,7 +213,7 @@ def float_biases(graph: ir.Graph) -> Iterator[str]:
 RULES: dict[str, tuple[Rule, ...]] = {
     "generic": (),
     "onnxruntime": (byte_types, signed_weights, bias_scales, concat_one_grid),
-    "openvino": (byte_types, signed_weights, float_biases, trt_positive_scales),
+    "openvino": (byte_types, signed_weights, weights_apart, float_biases, trt_positive_scales),
     "tensorrt": (
         *(trt_types, trt_symmetric, trt_positive_scales, trt_constant_scales),
         *(trt_no_quantized_bias, trt_activations_per_tensor, trt_channel_axis),

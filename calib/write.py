@@ -137,7 +137,7 @@ class _Writer:
         stored.dtype, stored.shape = self._data_type(record), value.shape
         replacement = self._dequantize(record, [stored, *parameters])
         if record.spec.everyone:
-            self._read_by_all(value, readers, replacement)
+            self._read_by_all(value, readers, replacement, record.spec.consumers)
             self.dequantized[record.name] = str(replacement.name)
 
     def _clipped(self, record: TensorRecord, value: ir.Value) -> ir.Value:
@@ -179,10 +179,18 @@ class _Writer:
         self.dequantized[record.name] = str(replacement.name)
         return replacement
 
-    def _read_by_all(self, value: ir.Value, readers: Iterable[Any], replacement: ir.Value) -> None:
-        """Has all ``readers`` of ``value`` read the pair; an output keeps its name."""
+    def _read_by_all(
+        self,
+        value: ir.Value,
+        readers: Iterable[Any],
+        replacement: ir.Value,
+        consumers: tuple[str, ...],
+    ) -> None:
+        """Has all ``readers`` of ``value`` read the pair, but layers that are none of its
+        ``consumers``; an output keeps its name."""
         for use in readers:
-            use.node.replace_input_with(use.idx, replacement)
+            if use.node.op_type not in QUANTIZABLE_OPS or use.node.name in consumers:
+                use.node.replace_input_with(use.idx, replacement)
         outputs = self.editor.graph.outputs
         for position, output in enumerate(outputs):
             if output is value:
