@@ -62,6 +62,8 @@ def integer_kernels(
     for node in quantized.ir.graph:
         if node.op_type not in could or node.domain != "":
             continue
+        if node.outputs[0].dtype not in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            continue
         kernel = optimized.get(str(node.name), "")
         if kernel.startswith("QLinear") or kernel in _INTEGER:
             found[kernel] += 1
@@ -106,7 +108,7 @@ def _reason(node: ir.Node, quantized: Quantized, target: Target) -> str:
     for skipped in quantized.table.skipped:
         if skipped.name.endswith(f" of {name}") or skipped.name.partition("[")[0] == name:
             return skipped.reason
-    if node.op_type not in (*target.layers, *target.joined):
+    if node.op_type in target.no_kernel:
         return f"{target.runtime} has no integer kernel for {node.op_type}"
     inputs = [v.producer() for v in node.inputs[:2] if v is not None]
     if not any(p is not None and p.op_type == "DequantizeLinear" for p in inputs):

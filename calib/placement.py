@@ -27,7 +27,8 @@ class Target:
         weight_bits, activation_bits: the widths it has integer kernels for; empty for all.
         grid: of activations: unsigned 8 bits with a zero point, signed and symmetric, or by sign.
         bias: an Add behind the layer, int32 at s_x·s_w, or float as it was.
-        layers: weighted operators with integer kernels.
+        layers: weighted operators that are quantized.
+        no_kernel: those of ``layers`` that run in float between pairs, for want of a kernel.
         joined: other operators that run in integers, of which all inputs get a pair as soon as
             one has it.
         moved: operators that pass values on: input and output share one grid.
@@ -47,6 +48,7 @@ class Target:
     grid: Grid = "auto"
     bias: Bias = "add"
     layers: tuple[str, ...] = QUANTIZABLE_OPS
+    no_kernel: tuple[str, ...] = ()
     joined: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
     one_grid: tuple[str, ...] = ()
@@ -165,6 +167,8 @@ class _Walk:
             names = [use.node for use in uses if use.tensor == name and self._reads(use)]
             if everyone:
                 names = [str(n.name) for n in self._all_readers(name) if not self._stays_float(n)]
+            if not names and not (everyone and any(v.name == name for v in self.outputs)):
+                continue  # only layers that stay float read it
             found[name] = Placed(tuple(uses), shares, everyone, tuple(dict.fromkeys(names)))
         return found
 

@@ -31,7 +31,6 @@ __all__ = [
     "make_plan",
 ]
 
-_LAYERS = ("Conv", "Gemm", "MatMul")
 # Values pass these unchanged; of Pad and Resize see `calib.placement`.
 _MOVEMENTS = (
     *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice", "Split"),
@@ -49,13 +48,13 @@ _TABLES = (
         activation_bits=(8,),
         grid="zero-point",
         bias="int32",
-        layers=_LAYERS,
+        no_kernel=("ConvTranspose",),
         joined=(*_JOINED, "Sigmoid", "LeakyRelu"),
         moved=_MOVEMENTS,
         one_grid=("Concat",),
         fused=("Relu", "Clip"),
-        outputs=(*_LAYERS, *_JOINED, "Sigmoid", "LeakyRelu"),
-        float_outputs=("Gemm", "MatMul"),
+        outputs=(*QUANTIZABLE_OPS, *_JOINED, "Sigmoid", "LeakyRelu"),
+        float_outputs=("Gemm", "MatMul", "ConvTranspose"),
         half=False,
     ),
     # It wants pairs at the inputs of operators; those behind them keep what is between in 8 bits
@@ -263,8 +262,6 @@ def _reason_against(use: Use, rules: Rules) -> str | None:
 
 
 def _refused(use: Use, target: Target) -> str | None:
-    if use.op_type not in target.layers:
-        return f"{target.runtime} has no integer kernel for {use.op_type}"
     if use.dtype == "float16" and not target.half:
         return f"{use.tensor!r} is float16, the integer kernels of {target.runtime} give float32"
     return None

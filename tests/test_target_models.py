@@ -26,10 +26,7 @@ from calib.write import write_qdq
 ORT = Rules(target="onnxruntime")
 INTEGER_TARGETS = ("onnxruntime", "openvino", "tensorrt")
 # Nothing in them is left for integer kernels.
-WITHOUT_KERNELS = {
-    "onnxruntime": {"conv_transpose"},
-    "openvino": {"tied", "tied_transposed"},
-}
+WITHOUT_KERNELS = {"openvino": {"tied", "tied_transposed"}}
 
 NET = """(float[N,3,8,8] image) => (float[N,5] logits)
 <float[8,3,3,3] k1, float[8] b1, float[8,8,1,1] k2, float[8] b2, float[4,8,1,1] k3, float[4] b3,
@@ -49,6 +46,14 @@ NET = """(float[N,3,8,8] image) => (float[N,5] logits)
   flat = Flatten(mean)
   row = Concat<axis=1>(flat, flat)
   logits = Gemm<transB=1>(row, head, b4)
+}"""
+UPWARDS = """(float[N,3,4,4] image) => (float[N,2,8,8] y)
+<float[4,3,1,1] k1, float[4,4,2,2] k2, float[4] b, float[2,4,1,1] k3> {
+  first = Conv(image, k1, b)
+  hidden = Relu(first)
+  larger = ConvTranspose<strides=[2,2]>(hidden, k2, b)
+  inner = Relu(larger)
+  y = Conv(inner, k3)
 }"""
 CONV_END = """(float[N,3,4,4] x) => (float[N,4,4,4] y, float[N,4,4,4] z)
 <float[4,3,1,1] kernel, float[4] bias> {
@@ -246,13 +251,34 @@ def test_an_unknown_target_is_refused() -> None:
     assert str(caught.value) == message
 
 
-def test_an_operator_without_integer_kernels_is_named(load: Load) -> None:
-    assert make_plan(load("conv_transpose"), Rules()).specs
+def test_an_operator_without_integer_kernels_is_named_and_its_neighbours_have_theirs(
+    save: Save, tmp_path: Path
+) -> None:
+    model, path = load_model(save(parsed(UPWARDS))), tmp_path / "written.onnx"
+    quantized, batch = written(model, ORT, path)
+    verify(model, quantized, path, batch)
+    kernels = integer_kernels(quantized, path, TARGETS["onnxruntime"])
+    assert kernels.integer == {"QLinearConv": 2}
+    reason = "onnxruntime's CPU has no integer kernel for ConvTranspose"
+    assert [(s.name, s.reason) for s in kernels.floating] == [("/ConvTranspose/larger", reason)]
+
+
+def test_a_pair_that_only_layers_in_float_would_read_is_left_out(
+    save: Save, tmp_path: Path
+) -> None:
+    model, path = load_model(save(parsed(UPWARDS))), tmp_path / "written.onnx"
+    rules = Rules(target="onnxruntime", selection=Selection(exclude="larger$"))
+    quantized, batch = written(model, rules, path)
+    assert "hidden" not in quantized.dequantized
+    verify(model, quantized, path, batch)
+
+
+def test_every_layer_of_which_openvino_mixes_up_the_weight_is_refused(load: Load) -> None:
     with pytest.raises(OptionError) as caught:
-        make_plan(load("conv_transpose"), ORT)
+        make_plan(load("tied"), Rules(target="openvino"))
     assert str(caught.value) == (
-        "target onnxruntime: nothing left to quantize: onnxruntime's CPU has no integer kernel for "
-        "ConvTranspose: use target generic"
+        "target openvino: nothing left to quantize: OpenVINO mixes up layers that share 'weight': "
+        "use target generic"
     )
 
 
