@@ -59,6 +59,7 @@ class Config:
     weight_method: str | None = None
     percentile: float | None = None
     weight_granularity: str = "per-channel"
+    activations: str = "symmetric"
     reduce: str = "pool"
     mean_batches: int | None = None
     only: str | None = None
@@ -221,6 +222,7 @@ class Config:
             method=self._with_percentile(self.method),
             weight_method=self.weight_method and self._with_percentile(self.weight_method),
             weight_granularity=self.weight_granularity,
+            activations=self.activations,
             reduction=Reduction(
                 self.reduce, _MEAN_BATCHES if self.mean_batches is None else self.mean_batches
             ),

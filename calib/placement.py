@@ -10,7 +10,7 @@ from calib.granularity import PerTensor
 from calib.graph import Kind, Model, Use
 from calib.prepare import QUANTIZABLE_OPS, is_constant
 
-Grid = Literal["auto", "zero-point", "symmetric"]
+Grid = Literal["any", "asymmetric", "signed"]
 Bias = Literal["add", "int32", "float"]
 
 # The inputs of other operators that are no data: a shape, axes, padding.
@@ -25,7 +25,7 @@ class Target:
         name: as ``--target`` gives it.
         runtime: what messages call it.
         weight_bits, activation_bits: the widths it has integer kernels for; empty for all.
-        grid: of activations: unsigned 8 bits with a zero point, signed and symmetric, or by sign.
+        grid: of activations: unsigned with a zero point, signed and symmetric, or as the rules say.
         bias: an Add behind the layer, int32 at s_x·s_w, or float as it was.
         layers: weighted operators that are quantized.
         no_kernel: those of ``layers`` that run in float between pairs, for want of a kernel.
@@ -45,7 +45,7 @@ class Target:
     runtime: str
     weight_bits: tuple[int, ...] = ()
     activation_bits: tuple[int, ...] = ()
-    grid: Grid = "auto"
+    grid: Grid = "any"
     bias: Bias = "add"
     layers: tuple[str, ...] = QUANTIZABLE_OPS
     no_kernel: tuple[str, ...] = ()

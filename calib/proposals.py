@@ -96,6 +96,8 @@ def _yaml(rules: Rules) -> str:
     settings["method"] = rules.method
     if rules.weight_granularity != usual.weight_granularity:
         settings["weight-granularity"] = rules.weight_granularity
+    if rules.activations != usual.activations:
+        settings["activations"] = rules.activations
     if rules.reduction.name != usual.reduction.name:
         settings |= {"reduce": rules.reduction.name, "mean-batches": rules.reduction.batches}
     settings |= {"only": selection.only, "exclude": selection.exclude}

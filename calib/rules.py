@@ -13,6 +13,7 @@ from calib.qtypes import check_width
 
 KINDS = ("weight", "activation")
 WEIGHT_GRANULARITIES = ("per-channel", "per-tensor")
+GRIDS = ("symmetric", "asymmetric", "auto")
 REDUCTIONS = ("pool", "mean")
 TARGETS = ("generic", "onnxruntime", "openvino", "tensorrt")
 REDUCED_BITS = 7
@@ -158,6 +159,8 @@ class Rules:
         overrides: for single tensors; of those that match, the first decides.
         target: the runtime that the model is for; see `calib.targets`.
         reduce_range: weights of 7 bits at most, for CPUs whose sums of U8S8 products saturate.
+        activations: their grids: ``symmetric``, ``asymmetric``, or ``auto``: with a zero point
+            where that lowers the error.
 
     Raises:
         OptionError, CalibratorError: for a setting that is unknown or out of bounds.
@@ -172,10 +175,13 @@ class Rules:
     overrides: tuple[TensorRule, ...] = ()
     target: str = "generic"
     reduce_range: bool = False
+    activations: str = "symmetric"
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise OptionError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        if self.activations not in GRIDS:
+            raise OptionError(f"activations must be {_or(GRIDS)}, got {self.activations!r}")
         _check_granularity("weight-granularity", self.weight_granularity)
         make(self.method)
         make(self.method_for("weight"))
@@ -195,6 +201,10 @@ def _check_pattern(what: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise OptionError(f"{what}: {pattern!r} is no regular expression: {error}") from None
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _check_granularity(what: str, granularity: str) -> None:

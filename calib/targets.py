@@ -15,7 +15,7 @@ import numpy as np
 from calib.errors import ModelError, OptionError, one_line
 from calib.granularity import Granularity, PerTensor
 from calib.graph import Kind, Model, Skipped, Use, quantizable_uses
-from calib.placement import Grid, Placed, Target, place
+from calib.placement import Placed, Target, place
 from calib.prepare import QUANTIZABLE_OPS
 from calib.rules import REDUCED_BITS, Reduction, Rules, Selection, TensorRule, Widths, found
 
@@ -46,7 +46,7 @@ _TABLES = (
         "onnxruntime's CPU",
         weight_bits=(5, 6, 7, 8),
         activation_bits=(8,),
-        grid="zero-point",
+        grid="asymmetric",
         bias="int32",
         no_kernel=("ConvTranspose",),
         joined=(*_JOINED, "Sigmoid", "LeakyRelu"),
@@ -64,7 +64,7 @@ _TABLES = (
         "OpenVINO",
         weight_bits=(5, 6, 7, 8),
         activation_bits=(8,),
-        grid="zero-point",
+        grid="asymmetric",
         bias="float",
         joined=_JOINED,
         moved=_MOVEMENTS,
@@ -81,7 +81,7 @@ _TABLES = (
         "TensorRT",
         weight_bits=(8,),
         activation_bits=(8,),
-        grid="symmetric",
+        grid="signed",
         bias="float",
         one_branch=True,
     ),
@@ -99,7 +99,8 @@ class TensorSpec:
     threshold of the calibrator that ``method`` names.
 
     Attributes:
-        grid: of an activation: by its sign, with a zero point, or symmetric.
+        grid: of an activation: ``symmetric``, by its sign; ``asymmetric``, with a zero point;
+            ``auto``: of these what has the smaller error; or ``signed`` whatever its sign.
         shares: names of all activations of one grid, this one among them; empty where alone.
         everyone: all that read the tensor read the pair, and so does an output of the model.
     """
@@ -112,7 +113,7 @@ class TensorSpec:
     method: str = "octav"
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
-    grid: Grid = "auto"
+    grid: str = "symmetric"
     shares: tuple[str, ...] = ()
     everyone: bool = False
 
@@ -214,7 +215,8 @@ def _on_target(spec: TensorSpec, target: Target, uses: Sequence[Use]) -> TensorS
             f"target generic"
         )
     of_layer = any(use.op_type in QUANTIZABLE_OPS for use in uses)
-    return replace(spec, grid="auto" if spec.kind == "weight" and of_layer else target.grid)
+    of_layer = of_layer and spec.kind == "weight"
+    return spec if of_layer or target.grid == "any" else replace(spec, grid=target.grid)
 
 
 def _check_finite(model: Model, weights: list[str]) -> None:
@@ -311,4 +313,5 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
         method=rule.method or rules.method_for(kind),
         dtype=uses[0].dtype,
         notes=notes,
+        grid=rules.activations if kind == "activation" else "symmetric",
     )

@@ -28,20 +28,13 @@ def unsigned_grid(low: float, high: float, bits: int) -> tuple[QuantType, float]
     return qtype, max(ends) * qtype.steps or 1.0
 
 
-def shifted(record: TensorRecord, counter: Counter | None, model: Model) -> TensorRecord:
-    """``record`` on an unsigned grid with a zero point, where its spec wants that and it is
-    signed: from the exact minimum to the maximum, neither beyond the threshold it had.
-
-    Args:
-        record: one threshold.
-        counter: of an activation; None for a constant of ``model``.
-        model: where constants come from.
-    """
-    if record.spec.grid != "zero-point" or not record.qtype.signed:
+def shifted(record: TensorRecord, model: Model) -> TensorRecord:
+    """``record`` on an unsigned grid with a zero point, where it is a constant of ``model`` that
+    shall have one: from its minimum to its maximum, neither beyond the threshold it had."""
+    if record.spec.kind != "weight" or record.spec.grid != "asymmetric":
         return record
-    if counter is None:
-        counter = Counter()
-        counter.update(model.weight(record.name))
+    counter = Counter()
+    counter.update(model.weight(record.name))
     most = float(record.threshold[0])
     low, high = max(counter.min, -most), min(counter.max, most)
     qtype, threshold = unsigned_grid(low, high, record.qtype.bits)

@@ -120,6 +120,12 @@ GROUPS: dict[str, list[click.Option]] = {
             shell_complete=one_of("per-channel", "per-tensor"),
         ),
         _option(
+            "--activations",
+            "Grids of activations: symmetric; asymmetric, with a zero point; auto, with one where "
+            "it lowers the error.  [default: symmetric]",
+            shell_complete=one_of("symmetric", "asymmetric", "auto"),
+        ),
+        _option(
             "--reduce",
             "pool: one threshold from all samples; mean: the mean of one for each first batch.  "
             "[default: pool]",

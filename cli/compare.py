@@ -59,7 +59,14 @@ _GROUPS = {
             help="onnxruntime's own calibrators, too: slow, and they keep all activations of the "
             "calibration samples in memory.",
         ),
-        *_shared("Widths and methods", "edge_bits", "weight_granularity", "reduce", "mean_batches"),
+        *_shared(
+            "Widths and methods",
+            "edge_bits",
+            "weight_granularity",
+            "activations",
+            "reduce",
+            "mean_batches",
+        ),
         *_shared("The gate", "metric"),
     ],
     "Which tensors": _shared("Which tensors"),

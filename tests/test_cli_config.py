@@ -118,6 +118,7 @@ TYPED: dict[str, tuple[Sequence[object], str]] = {
     "weight method": (["--weight-method", "mse:9"], "weight-method: mse:9"),
     "percentile": (["--method", "percentile", "--percentile", 99], "percentile: 99.0"),
     "granularity": (["--weight-granularity", "per-tensor"], "weight-granularity: per-tensor"),
+    "activations": (["--activations", "auto"], "activations: auto"),
     "reduce": (["--reduce", "mean"], "reduce: mean"),
     "batches of reduce": (["--reduce", "mean"], "mean-batches: 5"),
     "mean batches": (["--reduce", "mean", "--mean-batches", 9], "mean-batches: 9"),

@@ -43,6 +43,7 @@ method: percentile
 weight-method: mse:10
 percentile: 99.9
 weight-granularity: per-tensor
+activations: asymmetric
 reduce: mean
 mean-batches: 3
 only: Conv
@@ -110,6 +111,7 @@ def test_every_setting_is_read_in_its_type() -> None:
         weight_method="mse:10",
         percentile=99.9,
         weight_granularity="per-tensor",
+        activations="asymmetric",
         reduce="mean",
         mean_batches=3,
         only="Conv",
@@ -157,6 +159,7 @@ def test_every_setting_reaches_the_rules_and_the_run() -> None:
         method="percentile:99.9",
         weight_method="mse:10",
         weight_granularity="per-tensor",
+        activations="asymmetric",
         reduction=Reduction("mean", 3),
         selection=Selection("Conv", "head", ("Conv", "Gemm")),
         overrides=config.rules,
