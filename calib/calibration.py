@@ -197,10 +197,9 @@ class _Register:
             weight = first.counter is None
             questions = [
                 Asked(
-                    self.calibrators[identity],
-                    QuantType(bits, weight or first.signed or signed, weight),
+                    self.calibrators[n], QuantType(bits, weight or first.signed or signed, weight)
                 )
-                for identity, bits, signed in asked
+                for n, bits, signed in asked
             ]
             for tensor in stack:
                 tensor.questions = questions
@@ -220,15 +219,12 @@ class _Register:
     def _tensor(self, spec: TensorSpec, mean: Reduction | None) -> _Tensor:
         if spec.kind == "weight":
             return _Tensor(spec, None, None)
-        counter = pooled(self._observations.counters, spec.shares or (spec.name,))
+        names = spec.shares or (spec.name,)
+        counter = pooled(self._observations.counters, names)
         if mean is None:
             return _Tensor(spec, counter, None)
         kept = self._observations.batches[: mean.batches]
-        single = [
-            found
-            for batch in kept
-            if (found := pooled(batch, spec.shares or (spec.name,))).n_finite
-        ]
+        single = [found for batch in kept if (found := pooled(batch, names)).n_finite]
         tensor = _Tensor(spec, counter, single)
         if (all_ := len(self._observations.batches)) < mean.kept_batches:
             tensor.fewer = (f"mean over all {all_} batches that there are",)
