@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from calib.biasscales import IntegerBias
 from calib.editing import Editor
 from calib.prepare import is_constant
 
@@ -40,6 +41,27 @@ def move_bias(editor: Editor, node: ir.Node) -> None:
     editor.graph.insert_after(node, add)
     output.name, total.name = editor.new_name(f"{name}_without_bias"), name
     editor.values[name] = total
+
+
+def store_bias(editor: Editor, node: ir.Node, bias: IntegerBias) -> str:
+    """Gives ``node`` its bias as int32 behind a DequantizeLinear of which the scale is exactly
+    s_x·s_w: integer kernels add the integers as they are, and never read that scale. Returns the
+    name of the dequantized bias."""
+    value = node.inputs[2]
+    assert value is not None
+    assert value.const_value is not None
+    integers = bias.integers(value.const_value.numpy())
+    per_tensor = bias.weight.scale.size == 1
+    scale = bias.scale.reshape(()) if per_tensor else bias.scale
+    inputs = [
+        editor.constant(f"{bias.name}_quantized", integers),
+        editor.constant(f"{bias.name}_scale", scale),
+        editor.constant(f"{bias.name}_zero_point", np.zeros(scale.shape, np.int32)),
+    ]
+    axis = [] if per_tensor else [ir.AttrInt64("axis", 0)]
+    result = editor.node("DequantizeLinear", inputs, f"{bias.name}_dequantized", value, axis)
+    node.replace_input_with(2, result)
+    return str(result.name)
 
 
 def _keep_from_gemm(editor: Editor, node: ir.Node) -> None:

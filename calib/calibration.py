@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.asymmetric import with_zero_point
+from calib.biasscales import fit_biases
 from calib.calibrators import Calibrator, is_built_in, make
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS, Floats
 from calib.errors import CalibError, CalibratorError, ObservationsError
 from calib.granularity import Blocked, PerTensor, pieces, to_groups
 from calib.graph import Model, Skipped
-from calib.observations import Observations
+from calib.observations import Observations, pooled
 from calib.qtypes import QuantType
 from calib.stacking import (
     Answers,
@@ -29,7 +30,8 @@ from calib.stacking import (
     spread,
 )
 from calib.table import CalibrationTable, TensorRecord, decibels
-from calib.targets import Plan, Reduction, Rules, TensorSpec
+from calib.targets import TARGETS, Plan, Reduction, Rules, TensorSpec
+from calib.zeropoints import shifted
 
 _MOST = 1 << 20  # values of weights at a time; a value takes 40 bytes meanwhile
 _FIRST = 1 << 18  # fewer at first, so that there is something to do for every core
@@ -111,7 +113,7 @@ class _Tensor:
         self.narrow = counter is None and not isinstance(spec.granularity, Blocked)
         self.empty = counter is not None and counter.min > counter.max
         self.fewer: tuple[str, ...] = ()
-        self.numbers: dict[tuple[int, int], int] = {}
+        self.numbers: dict[tuple[int, int, bool], int] = {}
         self.questions: Sequence[Asked] = ()
         self.parts: list[Answers] = []
 
@@ -171,10 +173,11 @@ class _Register:
         identities = {key: self._identity(calibrator) for key, calibrator in distinct.items()}
         rows, known = [], self._known
         for spec in job.plan.specs:
-            key = spec.name, spec.kind, spec.granularity, mean
+            key = spec.shares or spec.name, spec.kind, spec.granularity, mean
             if (tensor := known.get(key)) is None:
                 tensor = known[key] = self._tensor(spec, mean)
-            question = identities[id(job.calibrators[spec.name])], spec.bits
+            identity = identities[id(job.calibrators[spec.name])]
+            question = identity, spec.bits, spec.grid == "signed"
             rows.append((spec, tensor, tensor.numbers.setdefault(question, len(tensor.numbers))))
         return rows
 
@@ -187,17 +190,16 @@ class _Register:
         for tensor in tensors:
             asked = tuple(tensor.numbers)
             if asked not in ours:
-                ours[asked] = foreign.isdisjoint(identity for identity, _ in asked)
+                ours[asked] = foreign.isdisjoint(identity for identity, *_ in asked)
             alone = None if tensor.batches is None and ours[asked] else id(tensor)
             kind = tensor.counter is None, tensor.narrow, tensor.signed
             key = asked, tensor.dtype, kind, alone
             found.setdefault(key, []).append(tensor)
         for stack in found.values():
             first, asked = stack[0], tuple(stack[0].numbers)
-            signed, narrow = first.signed, first.narrow
             questions = [
-                Asked(self.calibrators[identity], QuantType(bits, signed, narrow))
-                for identity, bits in asked
+                Asked(self.calibrators[n], QuantType(bits, first.signed or signed, first.narrow))
+                for n, bits, signed in asked
             ]
             for tensor in stack:
                 tensor.questions = questions
@@ -217,11 +219,12 @@ class _Register:
     def _tensor(self, spec: TensorSpec, mean: Reduction | None) -> _Tensor:
         if spec.kind == "weight":
             return _Tensor(spec, None, None)
-        counter = self._observations.counters[spec.name]
+        names = spec.shares or (spec.name,)
+        counter = pooled(self._observations.counters, names)
         if mean is None:
             return _Tensor(spec, counter, None)
         kept = self._observations.batches[: mean.batches]
-        single = [found for batch in kept if (found := batch[spec.name]).n_finite]
+        single = [found for batch in kept if (found := pooled(batch, names)).n_finite]
         tensor = _Tensor(spec, counter, single)
         if (all_ := len(self._observations.batches)) < mean.kept_batches:
             tensor.fewer = (f"mean over all {all_} batches that there are",)
@@ -325,18 +328,20 @@ def _weights(
 
 def _table(model: Model, observations: Observations, job: _Job, rows: _Rows) -> CalibrationTable:
     unseen = "no value of it was seen in the data"
-    return CalibrationTable(
+    table = CalibrationTable(
         model.sha256,
         observations.n_samples,
-        tuple(_record(*row) for row in rows if not row[1].empty),
+        tuple(shifted(_record(*row), model) for row in rows if not row[1].empty),
         (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec, t, _ in rows if t.empty)),
+        target=job.rules.target,
     )
+    return fit_biases(model, table) if TARGETS[table.target].bias == "int32" else table
 
 
 def _record(spec: TensorSpec, tensor: _Tensor, number: int) -> TensorRecord:
     fields, notes = tensor.facts[number]
     record = TensorRecord(spec, *fields, (*spec.notes, *notes) if spec.notes else notes)
-    if tensor.counter is None or spec.grid == "symmetric":
+    if tensor.counter is None or spec.grid in ("symmetric", "signed"):
         return record
     calibrator = tensor.questions[number].calibrator
     try:

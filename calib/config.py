@@ -49,6 +49,8 @@ class Config:
     seed: int = 0
     feed_back: Mapping[str, str] = field(default_factory=dict)
     padding_mask: str | None = None
+    target: str = "generic"
+    reduce_range: bool = False
     bits: int = 8
     weight_bits: int | None = None
     activation_bits: Bits | None = None
@@ -238,6 +240,8 @@ class Config:
                 replace(rule, method=rule.method and self._with_percentile(rule.method))
                 for rule in self.rules
             ),
+            target=self.target,
+            reduce_range=self.reduce_range,
         )
 
     def to_bounds(self) -> Bounds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -170,3 +170,13 @@ def halved(
     """``seen`` with counters in two halves, of so many samples each."""
     first, second = n_samples
     return replace(seen, counters=Summed(halves), halves=halves, half_samples=(first, second))
+
+
+def pooled(counters: Counters, names: Sequence[str]) -> Counter:
+    """What was counted of all of ``names`` together."""
+    if len(names) == 1:
+        return counters[names[0]]
+    total = Counter()
+    for name in names:
+        total.merge(counters[name])
+    return total

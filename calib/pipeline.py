@@ -16,6 +16,7 @@ from calib.comparison import Comparison
 from calib.data import open_data
 from calib.files import whole_file, write_texts, writing
 from calib.graph import Model, load_model
+from calib.kernels import Kernels, has_vnni, integer_kernels
 from calib.matmulnbits import in_format
 from calib.observations import Observations
 from calib.packed import verify
@@ -26,7 +27,8 @@ from calib.resuming import appearing, check_files, observe_split, saved_observat
 from calib.run import Run, Split, check_weights_only
 from calib.saving import Quantized, external_files, free_data_name
 from calib.table import CalibrationTable, dumps
-from calib.targets import Rules, make_plan
+from calib.targetrules import check_target
+from calib.targets import TARGETS, Rules, make_plan
 from calib.verification import Check
 from calib.write import write_qdq
 
@@ -50,6 +52,7 @@ class Calibration:
         verdicts: on the bounds that were set.
         made_up: the comparison is on made-up inputs.
         kept: whether the model was written; not where a bound fails, unless it was told to.
+        kernels: what onnxruntime runs in integers, where it is the target.
     """
 
     output: Path
@@ -63,6 +66,7 @@ class Calibration:
     verdicts: tuple[Verdict, ...] = ()
     made_up: bool = False
     kept: bool = True
+    kernels: Kernels | None = None
 
     @property
     def passed(self) -> bool:
@@ -97,6 +101,7 @@ class Calibration:
             },
             "bytes": {"float": self.n_bytes[0], "quantized": self.n_bytes[1]},
             "seconds": self.seconds,
+            **({"kernels": self.kernels.to_json()} if self.kernels else {}),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
         }
@@ -183,6 +188,8 @@ class _Work:
         with self.stage("verify"):
             check = Check(self.model, quantized, path, split.first_batch(), run.runtime)
             told = verify(check, self.quantized)
+            check_target(quantized.ir, self.rules.target)
+            kernels = self._kernels(quantized, path)
         with self.stage("evaluate"):
             comparison = split.compare(self.model, path)
         sizes = self.model.n_bytes, sum(file.stat().st_size for file in path.parent.iterdir())
@@ -194,11 +201,18 @@ class _Work:
             held_out=split.held_out,
             n_bytes=sizes,
             seconds=self.stage.seconds,
-            warnings=(*self.warnings, *self._collapsed(comparison)),
+            warnings=(*self.warnings, *_saturates(self.rules), *self._collapsed(comparison)),
             notes=(*told, *_observed_notes(self.observations, split)),
             verdicts=run.bounds.judge(comparison, sizes),
             made_up=bool(self.warnings),
+            kernels=kernels,
         )
+
+    def _kernels(self, quantized: Quantized, path: Path) -> Kernels | None:
+        target = TARGETS[self.rules.target]
+        if target.name != "onnxruntime":
+            return None
+        return integer_kernels(quantized, path, target, self.split.run.runtime)
 
     def _collapsed(self, comparison: Comparison) -> tuple[str, ...]:
         sqnr_db = comparison.output_sqnr_db
@@ -306,6 +320,14 @@ def _no_data(*, synthetic: bool, observed: bool) -> tuple[str, ...]:
         "only; give --data"
     )
     return (text,)
+
+
+def _saturates(rules: Rules) -> Iterator[str]:
+    if rules.target == "onnxruntime" and not rules.reduce_range and has_vnni() is False:
+        yield (
+            "this CPU has no VNNI: it adds products of 8-bit activations and weights in 16 bits, "
+            "which saturate: use --reduce-range for machines like this one"
+        )
 
 
 @dataclass(slots=True)

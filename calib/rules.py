@@ -16,6 +16,8 @@ KINDS = ("weight", "activation")
 WEIGHT_GRANULARITIES = ("per-channel", "per-tensor")
 GRIDS = ("symmetric", "asymmetric", "auto")
 REDUCTIONS = ("pool", "mean")
+TARGETS = ("generic", "onnxruntime", "openvino", "tensorrt")
+REDUCED_BITS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ class Rules:
         reduction: of activations over batches.
         selection: which uses of tensors are quantized at all.
         overrides: for single tensors; of those that match, the first decides.
+        target: the runtime that the model is for; see `calib.targets`.
+        reduce_range: weights of 7 bits at most, for CPUs whose sums of U8S8 products saturate.
         activations: their grids: ``symmetric``, ``asymmetric``, or ``auto``: with a zero point
             where that lowers the error.
 
@@ -189,9 +193,13 @@ class Rules:
     reduction: Reduction = field(default_factory=Reduction)
     selection: Selection = field(default_factory=Selection)
     overrides: tuple[TensorRule, ...] = ()
+    target: str = "generic"
+    reduce_range: bool = False
     activations: str = "symmetric"
 
     def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise OptionError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
         if self.activations not in GRIDS:
             raise OptionError(f"activations must be {_or(GRIDS)}, got {self.activations!r}")
         _check_granularity("weight-granularity", self.weight_granularity)

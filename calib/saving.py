@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -29,6 +29,9 @@ class Quantized:
         dequantized: tensor → name of what its consumers read instead of it.
         notes: what had to change besides.
         external_data: the float model has external data.
+        biases: layer → name of its int32 bias, dequantized.
+        sources: tensor → what its pair reads, where the tensor's name went to the pair, as it is an
+            output of the model.
     """
 
     ir: ir.Model
@@ -37,6 +40,8 @@ class Quantized:
     dequantized: dict[str, str]
     notes: tuple[str, ...]
     external_data: bool = False
+    biases: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:

@@ -138,8 +138,10 @@ def raise_opset(
         )
     if before <= _LAST_OPSET_OF_OLD_RESIZE:
         _keep_resizing(model)
+    kept = {value.name for node in model.graph for value in node.outputs}
     for place, value in _read_by_layers(model, table).items():  # new nodes come with new names
-        value.name = read[place].name
+        if place in read and read[place].name not in kept:
+            value.name = read[place].name
     return (f"opset raised from {before} to {needed} for {names}",)
 
 
@@ -160,7 +162,7 @@ def _read_by_layers(model: ir.Model, table: CalibrationTable) -> dict[tuple[str,
         (str(node.name), position): value
         for node in model.graph
         if node.name in layers
-        for position, value in enumerate(node.inputs[:2])
+        for position, value in enumerate(node.inputs)
         if value is not None
     }
 

@@ -68,6 +68,7 @@ class TensorRecord:
             "count": self.count,
             "sqnr_db": self.sqnr_db,
             "consumers": list(self.spec.consumers),
+            **({"shares": list(self.spec.shares)} if self.spec.shares else {}),
             "notes": list(self.notes),
         }
 
@@ -90,6 +91,7 @@ class CalibrationTable:
         records: quantized tensors.
         skipped: nodes and tensors that stay float, with reasons.
         manifest: options, versions and digests; goes into the written model too.
+        target: the runtime that it was made for.
     """
 
     model_sha256: str
@@ -97,6 +99,7 @@ class CalibrationTable:
     records: tuple[TensorRecord, ...]
     skipped: tuple[Skipped, ...]
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "generic"
 
     def check_model(self, model: Model) -> None:
         """Raises `ModelError` if the table was made for another model."""

@@ -1,11 +1,13 @@
 """Which tensors get a QDQ pair, at which width and granularity, by which calibrator.
 
-The placement is the paper's: both inputs of every Conv, ConvTranspose, Gemm and MatMul.
+Where pairs stand is a matter of the target. ``generic`` is the paper's placement: both inputs of
+every Conv, ConvTranspose, Gemm and MatMul.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,10 +15,78 @@ import numpy as np
 from calib.errors import ModelError, OptionError, one_line
 from calib.granularity import Blocked, Granularity, PerTensor
 from calib.graph import Kind, Model, Skipped, Use, quantizable_uses
+from calib.placement import Placed, Target, place
 from calib.prepare import QUANTIZABLE_OPS
-from calib.rules import Reduction, Rules, Selection, TensorRule, Widths, found
+from calib.rules import REDUCED_BITS, Reduction, Rules, Selection, TensorRule, Widths, found
 
-__all__ = ["Plan", "Reduction", "Rules", "Selection", "TensorSpec", "Widths", "make_plan"]
+__all__ = [
+    "TARGETS",
+    "Plan",
+    "Reduction",
+    "Rules",
+    "Selection",
+    "Target",
+    "TensorSpec",
+    "Widths",
+    "make_plan",
+]
+
+# Values pass these unchanged; of Pad and Resize see `calib.placement`.
+_MOVEMENTS = (
+    *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Slice", "Split"),
+    *("MaxPool", "Resize", "Pad", "Gather", "DepthToSpace", "SpaceToDepth", "Expand"),
+)
+_JOINED = ("Add", "Mul", "Sum", "AveragePool", "GlobalAveragePool", "Concat")
+_TABLES = (
+    Target("generic", "any runtime"),
+    # Its selectors make QLinear operators where DequantizeLinear -> operator -> QuantizeLinear
+    # stands; U8S8 is what its kernels are fastest on. QGemm and MatMulIntegerToFloat give floats.
+    Target(
+        "onnxruntime",
+        "onnxruntime's CPU",
+        weight_bits=(5, 6, 7, 8),
+        activation_bits=(8,),
+        grid="asymmetric",
+        bias="int32",
+        no_kernel=("ConvTranspose",),
+        joined=(*_JOINED, "Sigmoid", "LeakyRelu"),
+        moved=_MOVEMENTS,
+        one_grid=("Concat",),
+        fused=("Relu", "Clip"),
+        outputs=(*QUANTIZABLE_OPS, *_JOINED, "Sigmoid", "LeakyRelu"),
+        float_outputs=("Gemm", "MatMul", "ConvTranspose"),
+        half=False,
+    ),
+    # It wants pairs at the inputs of operators; those behind them keep what is between in 8 bits
+    # (ResNet-20: 1 FakeQuantize in float is left instead of 6).
+    Target(
+        "openvino",
+        "OpenVINO",
+        weight_bits=(5, 6, 7, 8),
+        activation_bits=(8,),
+        grid="asymmetric",
+        bias="float",
+        joined=_JOINED,
+        moved=_MOVEMENTS,
+        one_grid=("Concat",),
+        fused=("Relu", "Clip"),
+        outputs=(*QUANTIZABLE_OPS, *_JOINED),
+        float_outputs=(*QUANTIZABLE_OPS, *_JOINED),
+        half=False,
+        tied=False,
+    ),
+    # "Best practices for placement": inputs of weighted layers, and the residual input of an Add.
+    Target(
+        "tensorrt",
+        "TensorRT",
+        weight_bits=(8,),
+        activation_bits=(8,),
+        grid="signed",
+        bias="float",
+        one_branch=True,
+    ),
+)
+TARGETS = {target.name: target for target in _TABLES}
 
 # By the graph of a model, which does not change: many plans are made for one model.
 _USES: WeakKeyDictionary[object, tuple[tuple[Use, ...], tuple[Skipped, ...]]] = WeakKeyDictionary()
@@ -26,8 +96,14 @@ _FINITE: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to quantize: one QDQ pair, shared by all its ``consumers`` (node names), with a
-    threshold of the calibrator that ``method`` names. ``grid``: of an activation, ``symmetric``,
-    ``asymmetric``, or ``auto``: what has the smaller error."""
+    threshold of the calibrator that ``method`` names.
+
+    Attributes:
+        grid: of an activation: ``symmetric``, by its sign; ``asymmetric``, with a zero point;
+            ``auto``: of these what has the smaller error; or ``signed`` whatever its sign.
+        shares: names of all activations of one grid, this one among them; empty where alone.
+        everyone: all that read the tensor read the pair, and so does an output of the model.
+    """
 
     name: str
     kind: Kind
@@ -38,6 +114,8 @@ class TensorSpec:
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
     grid: str = "symmetric"
+    shares: tuple[str, ...] = ()
+    everyone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +147,15 @@ def make_plan(model: Model, rules: Rules) -> Plan:
             f"{model.path}: nothing to quantize: no {', '.join(QUANTIZABLE_OPS)} with float32 or "
             f"float16 inputs{first}"
         )
-    _check_patterns(uses, rules)
+    target = TARGETS[rules.target]
+    _check_patterns(_all_uses(model, uses, target), rules)
     chosen: dict[str, list[Use]] = {}
     left_out: list[Skipped] = []
     for use in uses:
         if rules.weights_only and use.kind == "activation":
             continue
-        reason = _reason_against(use, rules)
+        reason = _reason_against(use, rules) or _refused(use, target)
+        reason = reason or _tied(use, uses, target)
         if reason is None:
             chosen.setdefault(use.tensor, []).append(use)
         else:
@@ -85,10 +165,15 @@ def make_plan(model: Model, rules: Rules) -> Plan:
             f"{model.path}: activation-bits none leaves nothing to quantize: none of its "
             f"{len(uses)} quantizable tensors is a weight"
         )
+    refusals = (_refused(use, target) or _tied(use, uses, target) for use in uses)
+    if not chosen and (reason := next(filter(None, refusals), None)):
+        raise OptionError(
+            f"target {target.name}: nothing left to quantize: {reason}: use target generic"
+        )
     if not chosen:
         last = ", --op-types and rules" if rules.overrides else " and --op-types"
         raise OptionError(f"nothing left to quantize: --only, --exclude{last} leave none")
-    specs = tuple(_merge(group, rules) for group in chosen.values())
+    specs = tuple(_specs(model, chosen, target, rules))
     _check_finite(model, [spec.name for spec in specs if spec.kind == "weight"])
     if rules.block_size is not None:
         _check_blocks(model, specs, rules.block_size)
@@ -123,12 +208,71 @@ def _check_blocks(model: Model, specs: tuple[TensorSpec, ...], size: int) -> Non
         )
 
 
+def _specs(
+    model: Model, chosen: dict[str, list[Use]], target: Target, rules: Rules
+) -> Iterator[TensorSpec]:
+    if not target.spreads:
+        for group in chosen.values():
+            yield _on_target(_merge(group, rules), target, group)
+        return
+
+    def allowed(use: Use) -> bool:
+        return _reason_against(replace(use, op_type=rules.selection.op_types[0]), rules) is None
+
+    for placed in place(model, target, chosen, allowed).values():
+        yield _on_target(_placed(placed, rules), target, placed.uses)
+
+
+def _placed(placed: Placed, rules: Rules) -> TensorSpec:
+    spec = replace(
+        _merge(list(placed.uses), rules),
+        consumers=placed.readers,
+        everyone=placed.everyone,
+        shares=placed.shares,
+    )
+    if placed.shares:
+        others = len(placed.shares) - 1
+        note = f"one grid with {others} other{'s' if others > 1 else ''}"
+        spec = replace(spec, notes=(*spec.notes, note))
+    return spec
+
+
+def _on_target(spec: TensorSpec, target: Target, uses: Sequence[Use]) -> TensorSpec:
+    """``spec`` on the grid of ``target``.
+
+    Raises:
+        OptionError: if the target has no kernels for its width.
+    """
+    allowed = target.weight_bits if spec.kind == "weight" else target.activation_bits
+    if allowed and spec.bits not in allowed:
+        widths = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 1 else f"{allowed[0]}"
+        raise OptionError(
+            f"target {target.name}: {spec.kind} {spec.name!r} of {spec.bits} bits: "
+            f"{target.runtime} computes with {widths}: use {spec.kind}-bits {allowed[-1]}, or "
+            f"target generic"
+        )
+    of_layer = any(use.op_type in QUANTIZABLE_OPS for use in uses)
+    of_layer = of_layer and spec.kind == "weight"
+    return spec if of_layer or target.grid == "any" else replace(spec, grid=target.grid)
+
+
 def _check_finite(model: Model, weights: list[str]) -> None:
     known = _FINITE.setdefault(model.ir, set())
     for name in weights:
         if name not in known and not np.isfinite(model.weight(name)).all():
             raise ModelError(f"{model.path}: weight {name!r} holds NaN or infinity")
         known.add(name)
+
+
+def _all_uses(model: Model, uses: tuple[Use, ...], target: Target) -> tuple[Use, ...]:
+    """All that a rule may name: with a target, also what other operators read and make."""
+    if not target.spreads:
+        return uses
+    of_layers: dict[str, list[Use]] = {}
+    for use in uses:
+        of_layers.setdefault(use.tensor, []).append(use)
+    placed = place(model, target, of_layers, lambda _: True)
+    return tuple(use for each in placed.values() for use in each.uses)
 
 
 def _check_patterns(uses: tuple[Use, ...], rules: Rules) -> None:
@@ -156,6 +300,25 @@ def _reason_against(use: Use, rules: Rules) -> str | None:
     return f"matched by rule {rule.match!r}" if rule is not None and rule.skip else None
 
 
+def _refused(use: Use, target: Target) -> str | None:
+    if use.dtype == "float16" and not target.half:
+        return f"{use.tensor!r} is float16, the integer kernels of {target.runtime} give float32"
+    return None
+
+
+def _tied(use: Use, uses: Sequence[Use], target: Target) -> str | None:
+    """OpenVINO 2026.4 computes something else where two convolutions, one of them with a bias,
+    read one quantized weight; also through DequantizeLinear nodes of their own."""
+    if target.tied:
+        return None
+    for weight in uses:
+        if weight.node == use.node and weight.kind == "weight":
+            readers = {other.node for other in uses if other.tensor == weight.tensor}
+            if len(readers) > 1:
+                return f"{target.runtime} mixes up layers that share {weight.tensor!r}"
+    return None
+
+
 def _rule_for(uses: list[Use], rules: Rules) -> TensorRule | None:
     """The first rule that matches any of ``uses``."""
     return next((r for r in rules.overrides if any(r.matches(use) for use in uses)), None)
@@ -167,6 +330,8 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
     kind = uses[0].kind
     rule = _rule_for(uses, rules) or TensorRule("")
     bits = rule.bits or max(rules.widths.of(kind, use.edge) for use in uses)
+    if kind == "weight" and rules.reduce_range:
+        bits = min(bits, REDUCED_BITS)
     granularity, notes = _granularity(uses, rules, rule)
     return TensorSpec(
         uses[0].tensor,

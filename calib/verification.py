@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calib.arrays import Batch
+from calib.biasscales import integer_biases
 from calib.capture import EXACT, Runtime, Session, Values, version
 from calib.checker import check_file
 from calib.comparison import Difference, check_nan
@@ -105,6 +106,7 @@ def verify(
         raise VerificationError(f"onnx.checker rejects the model: {one_line(error)}") from error
     check = Check(model, quantized, path, batch, runtime)
     _check_weights(check, ir.load(path))
+    _check_biases(check, ir.load(path))
     expected = check.run(model.path)
     _check_unpaired(check, expected)
     pairs = [_check_pairs(check, optimized) for optimized in (False, True)]
@@ -141,6 +143,29 @@ def _check_weights(check: Check, written: ir.Model) -> None:
     _check_dequantized(check, written, portion)
 
 
+def _check_biases(check: Check, written: ir.Model) -> None:
+    """Integers and scales are those that kernels add at s_x·s_w."""
+    values = {v.name: v for node in written.graph for v in node.outputs}
+    found = {bias.node: bias for bias in integer_biases(check.model, check.quantized.table)}
+    for node, name in check.quantized.biases.items():
+        bias, producer = found[node], values[name].producer()
+        assert producer is not None
+        integers, scale = (_constant(producer, position) for position in (0, 1))
+        wanted = bias.integers(check.model.weight(bias.name))
+        if not (
+            np.array_equal(integers, wanted.squeeze())
+            and np.array_equal(scale, bias.scale.squeeze())
+        ):
+            raise VerificationError(f"bias {bias.name!r} of {node!r}: written wrongly")
+
+
+def _constant(node: ir.Node, position: int) -> NDArray[Any]:
+    value = node.inputs[position]
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy().squeeze()
+
+
 def _check_dequantized(check: Check, written: ir.Model, records: list[TensorRecord]) -> None:
     if not records:
         return
@@ -160,10 +185,12 @@ def _check_dequantized(check: Check, written: ir.Model, records: list[TensorReco
 def _check_pairs(check: Check, optimized: bool) -> Values:
     """Returns the dequantized activations, in graph order."""
     pairs = {r.name: check.quantized.dequantized[r.name] for r in check.activations}
-    values = check.run(check.path, optimized, [*pairs, *pairs.values()]) if pairs else {}
+    sources = {name: check.quantized.sources.get(name, name) for name in pairs}
+    read = dict.fromkeys((*sources.values(), *pairs.values()))
+    values = check.run(check.path, optimized, [*read]) if pairs else {}
     for record in check.activations:
-        if record.name in values:  # an optional value may not be there
-            _check_pair(record, values[record.name], values[pairs[record.name]], optimized)
+        if (source := sources[record.name]) in values:  # an optional value may not be there
+            _check_pair(record, values[source], values[pairs[record.name]], optimized)
     return {name: values[pair] for name, pair in pairs.items() if pair in values}
 
 
@@ -195,9 +222,18 @@ def _without_pairs(check: Check) -> ir.Model:
             source = ir.Value(name=name, const_value=tensor)
             written.graph.register_initializer(source)
         else:
-            source = values[record.name]
+            source = values[check.quantized.sources.get(record.name, record.name)]
         pair = values[check.quantized.dequantized[record.name]]
-        pair.replace_all_uses_with(source)
+        pair.replace_all_uses_with(source, replace_graph_outputs=True)
+        if record.name in check.quantized.sources:
+            pair.name, source.name = source.name, record.name
+    for bias in integer_biases(check.model, check.quantized.table):
+        if bias.node not in check.quantized.biases:
+            continue
+        tensor = check.model.ir.graph.initializers[bias.name].const_value
+        source = ir.Value(name=unique_name(f"{bias.name}_float", names), const_value=tensor)
+        written.graph.register_initializer(source)
+        values[check.quantized.biases[bias.node]].replace_all_uses_with(source)
     remove_unused(written)
     for name, value in written.graph.initializers.items():
         # Read from the float model where equal: onnxruntime takes external data of one folder.

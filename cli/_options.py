@@ -92,6 +92,15 @@ GROUPS: dict[str, list[click.Option]] = {
         ),
         _option("--padding-mask", "The input that is 0 where padding stands.", "NAME"),
     ],
+    "The target": [
+        _option(
+            "--target",
+            "Where the model will run: generic, onnxruntime, openvino or tensorrt.  "
+            "[default: generic]",
+            shell_complete=one_of("generic", "onnxruntime", "openvino", "tensorrt"),
+        ),
+        _flag("reduce-range", "Weights of 7 bits, for CPUs without VNNI."),
+    ],
     "Widths and methods": [
         _whole("--bits", "Weights and activations: 2 to 8 or 16.  [default: 8]"),
         _whole("--weight-bits", "Weights alone."),

@@ -87,6 +87,9 @@ def show_calibration(result: Calibration, verbose: bool) -> None:
         scores = comparison.scores
         text = f"float {scores.float_model:.6g}, quantized {scores.quantized_model:.6g}"
         rows.append(("metric", text))
+    if result.kernels is not None:
+        rows.append(("integer kernels", str(result.kernels)))
+        rows.extend(("in float", f"{s.name}: {s.reason}") for s in result.kernels.floating)
     rows.extend(("bound", verdict.text) for verdict in result.verdicts)
     stages = ", ".join(f"{stage} {s:.1f}" for stage, s in result.seconds.items())
     rows.append(("seconds", stages))

@@ -43,6 +43,7 @@ FLOW = (
     "graph",
     "blocks",
     "rules",
+    "placement",
     "targets",
     "readers",
     "arrays",
@@ -64,6 +65,8 @@ FLOW = (
     "shards",
     "cluster",
     "table",
+    "zeropoints",
+    "biasscales",
     "asymmetric",
     "stacking",
     "calibration",
@@ -84,6 +87,8 @@ FLOW = (
     "bounds",
     "verification",
     "packed",
+    "targetrules",
+    "kernels",
     "run",
     "report",
     "report.page",
@@ -125,7 +130,7 @@ TORCH = (
 )
 # The only files that may import each of these libraries, or any part of them.
 DOORS = {
-    "onnxruntime": {"calib.capture", "calib.rivals"},
+    "onnxruntime": {"calib.capture", "calib.rivals", "calib.kernels"},
     "onnx": {
         "calib.prepare",
         "calib.checker",
@@ -147,6 +152,8 @@ DOORS = {
         "calib.write",
         "calib.verification",
         "calib.packed",
+        "calib.targetrules",
+        "calib.kernels",
         "calib.switchable",
         "calib.inspection",
         "calib.qat.marking",

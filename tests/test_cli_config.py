@@ -108,6 +108,8 @@ TYPED: dict[str, tuple[Sequence[object], str]] = {
     "seed": (["--seed", 9], "seed: 9"),
     "feed back": (["--feed-back", "a=b", "--feed-back", "c=d=e"], "feed-back: {a: b, c: d=e}"),
     "padding mask": (["--padding-mask", "mask"], "padding-mask: mask"),
+    "target": (["--target", "tensorrt"], "target: tensorrt"),
+    "reduce range": (["--reduce-range"], "reduce-range: true"),
     "bits": (["--bits", 4], "bits: 4"),
     "weight bits": (["--weight-bits", 4], "weight-bits: 4"),
     "activation bits": (["--activation-bits", 4], "activation-bits: 4"),

@@ -33,6 +33,8 @@ batch-size: 16
 seed: 7
 feed-back: {conv_cache: conv_cache_out, "1": two}
 padding-mask: mask
+target: openvino
+reduce-range: true
 bits: 8
 weight-bits: 4
 activation-bits: 6
@@ -99,6 +101,8 @@ def test_every_setting_is_read_in_its_type() -> None:
         seed=7,
         feed_back={"conv_cache": "conv_cache_out", "1": "two"},
         padding_mask="mask",
+        target="openvino",
+        reduce_range=True,
         bits=8,
         weight_bits=4,
         activation_bits=6,
@@ -165,6 +169,8 @@ def test_every_setting_reaches_the_rules_and_the_run() -> None:
         reduction=Reduction("mean", 3),
         selection=Selection("Conv", "head", ("Conv", "Gemm")),
         overrides=config.rules,
+        target="openvino",
+        reduce_range=True,
     )
     run = config.to_run()
     assert (run.samples, run.reading.batch_size, run.reading.seed) == (320, 16, 7)
