@@ -208,7 +208,7 @@ class _Writer:
         """Scale and zero point of a tensor; none for blocks where it would be 0 for all."""
         granularity, zero = record.spec.granularity, record.qtype.zero_point
         scale = for_onnx(record.scale, shape, granularity).astype(record.spec.dtype)
-        values = [self.editor.constant(f"{record.name}_scale", np.ascontiguousarray(scale))]
+        values = [self.editor.constant(f"{record.name}_scale", scale.copy(order="C"))]
         if zero or not isinstance(granularity, Blocked):
             zero_point = np.full(scale.shape, zero, np.int32)
             values.append(self._integers(f"{record.name}_zero_point", zero_point, record))
