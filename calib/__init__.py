@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from calib.comparison import Comparison as Comparison
     from calib.comparison import evaluate as evaluate
     from calib.config import Config as Config
+    from calib.correcting import correct_biases as correct_biases
     from calib.data import Reading as Reading
     from calib.data import open_data as open_data
     from calib.errors import CalibError as CalibError
@@ -65,6 +66,7 @@ _HOME = {
     "calibrate_each": "calibration",
     "Calibrator": "calibrators",
     "Config": "config",
+    "correct_biases": "correcting",
     "Reading": "data",
     "open_data": "data",
     "Distribution": "protocol",

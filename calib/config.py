@@ -59,6 +59,7 @@ class Config:
     weight_granularity: str = "per-channel"
     reduce: str = "pool"
     mean_batches: int | None = None
+    bias_correction: bool = False
     only: str | None = None
     exclude: str | None = None
     op_types: tuple[str, ...] | None = None
@@ -231,6 +232,7 @@ class Config:
                 replace(rule, method=rule.method and self._with_percentile(rule.method))
                 for rule in self.rules
             ),
+            bias_correction=self.bias_correction,
         )
 
     def to_bounds(self) -> Bounds:

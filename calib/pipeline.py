@@ -13,6 +13,7 @@ from typing import Any
 from calib.bounds import Verdict
 from calib.calibration import calibrate
 from calib.comparison import Comparison
+from calib.correcting import check_correctable, corrected_on
 from calib.data import open_data
 from calib.files import whole_file, write_texts, writing
 from calib.graph import Model, load_model
@@ -128,11 +129,16 @@ def calibrate_model(
         check_files([target], loaded, data, run)
         saved = saved_observations(loaded, run)
         split = Split.of(open_data(loaded, data, run.reading), run, saved)
+        if rules.bias_correction:
+            check_correctable(split, synthetic=data is None)
     with stage("observe"):
         seen = saved or observe_split(loaded, split, plan, rules, halves=run.report is not None)
     with stage("calibrate"):
         table = calibrate(loaded, seen, plan, rules)
         table = table.with_manifest(_manifest(table, rules, run, data))
+    if rules.bias_correction:
+        with stage("correct"):
+            table = corrected_on(loaded, table, split)
     with stage("write"):
         quantized = write_qdq(loaded, table)
     warnings = _no_data(synthetic=data is None, observed=saved is not None)

@@ -154,6 +154,7 @@ class Rules:
         reduction: of activations over batches.
         selection: which uses of tensors are quantized at all.
         overrides: for single tensors; of those that match, the first decides.
+        bias_correction: whether the mean error of each output channel goes into the bias.
 
     Raises:
         OptionError, CalibratorError: for a setting that is unknown or out of bounds.
@@ -166,6 +167,7 @@ class Rules:
     reduction: Reduction = field(default_factory=Reduction)
     selection: Selection = field(default_factory=Selection)
     overrides: tuple[TensorRule, ...] = ()
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         _check_granularity("weight-granularity", self.weight_granularity)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -29,6 +29,7 @@ class Quantized:
         dequantized: tensor → name of what its consumers read instead of it.
         notes: what had to change besides.
         external_data: the float model has external data.
+        corrected: layer whose bias is corrected → name of the constant that holds it.
     """
 
     ir: ir.Model
@@ -37,6 +38,7 @@ class Quantized:
     dequantized: dict[str, str]
     notes: tuple[str, ...]
     external_data: bool = False
+    corrected: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:

@@ -169,3 +169,16 @@ def widened(rules: Rules, bits: int) -> Rules:
     edge = None if rules.widths.edge is None else max(bits, rules.widths.edge)
     overrides = (replace(rule, bits=rule.bits and max(bits, rule.bits)) for rule in rules.overrides)
     return replace(rules, widths=Widths(bits, bits, edge), overrides=tuple(overrides))
+
+
+def with_gains(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows, each with its gain over max at the same width."""
+    most = {row.bits: row.sqnr_db for row in rows if row.method == "max"}
+    return tuple(replace(row, gain_db=gain(row.sqnr_db, most.get(row.bits))) for row in rows)
+
+
+def gain(sqnr_db: float | None, base_db: float | None) -> float | None:
+    """How far an SQNR lies above another; None where either is unknown."""
+    if sqnr_db is None or base_db is None:
+        return None
+    return sqnr_db - base_db if sqnr_db != base_db else 0.0  # both may be infinite

@@ -85,8 +85,8 @@ def verify(
     """Raises `VerificationError` unless the file at ``path`` holds what ``quantized`` is, and
 
     - passes ``onnx.checker``, full check;
-    - computes what the original does, were its QDQ pairs left out (to 60 dB; 40 dB where float16
-      is computed with);
+    - computes what the original does, were its QDQ pairs and the corrections of biases that the
+      table states left out (to 60 dB; 40 dB where float16 is computed with);
     - stores exactly the integers that `calib.quantize` makes of the weights;
     - runs in onnxruntime with graph optimisation off and at the default level, its outputs free
       of NaN and every QDQ pair equal to `calib.quantize`, bit for bit, on ``batch``;
@@ -173,7 +173,8 @@ def _check_pair(
 
 
 def _without_pairs(check: _Check) -> ir.Model:
-    """The written model, changed so that every consumer reads the float tensor again."""
+    """The written model, changed so that every consumer reads the float tensor again, and without
+    the corrections of biases that the table states."""
     written = ir.load(check.path)
     values = {v.name: v for node in written.graph for v in node.outputs}
     values.update({v.name: v for v in written.graph.inputs})
@@ -188,6 +189,7 @@ def _without_pairs(check: _Check) -> ir.Model:
             source = values[record.name]
         pair = values[check.quantized.dequantized[record.name]]
         pair.replace_all_uses_with(source)
+    _uncorrect(check.quantized, written)
     remove_unused(written)
     for name, value in written.graph.initializers.items():
         # Read from the float model where equal: onnxruntime takes external data of one folder.
@@ -195,6 +197,17 @@ def _without_pairs(check: _Check) -> ir.Model:
         if original is not None and _same_on_disk(value.const_value, original.const_value):
             value.const_value = original.const_value
     return written
+
+
+def _uncorrect(quantized: Quantized, written: ir.Model) -> None:
+    for layer, name in quantized.corrected.items():
+        constant = written.graph.initializers[name]
+        assert constant.const_value is not None
+        bias = constant.const_value.numpy()
+        correction = quantized.table.bias_corrections[layer].reshape(bias.shape)
+        constant.const_value = ir.tensor(
+            (bias.astype(np.float64) - correction).astype(bias.dtype), name=name
+        )
 
 
 def _same_on_disk(one: object, other: object) -> bool:
@@ -219,10 +232,14 @@ def _check_unpaired(check: _Check, expected: Values) -> None:
             check_nan(name, reference, unpaired[name])
         if (found := _sqnr_db(expected, unpaired, name)) < needed:
             raise VerificationError(
-                f"apart from its QDQ pairs the written model does not compute what the original "
-                f"does: SQNR {found:.1f} dB in output {name!r}, at least {needed:.0f} "
+                f"apart from {_left_out(check.quantized)} the written model does not compute what "
+                f"the original does: SQNR {found:.1f} dB in output {name!r}, at least {needed:.0f} "
                 f"needed{_raised(check.quantized)}; please report the model"
             )
+
+
+def _left_out(quantized: Quantized) -> str:
+    return "its QDQ pairs" + (" and bias corrections" if quantized.corrected else "")
 
 
 def _raised(quantized: Quantized) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calib.biases import move_bias
+from calib.biases import correct_bias, correctable, move_bias
 from calib.editing import Editor
 from calib.granularity import onnx_axis, pieces
 from calib.graph import Model
@@ -29,7 +29,8 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
 
     Every tensor of the table gets one QDQ pair that all its consumers read: activations
     QuantizeLinear → DequantizeLinear, behind a Clip where the grid is narrower than its storage
-    type; weights their integers → DequantizeLinear. Biases of those consumers become an Add.
+    type; weights their integers → DequantizeLinear. Biases of those consumers become an Add, which
+    holds the table's correction of them too.
 
     Raises:
         ModelError: if the table belongs to another model, or the opset cannot be raised.
@@ -45,6 +46,10 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
     for node in list(quantized.graph):
         if node.name in consumers:
             move_bias(writer.editor, node)
+    corrected = {
+        layer.node: correct_bias(writer.editor, layer, table.bias_corrections[layer.node])
+        for layer in correctable(model.ir.graph, table.bias_corrections)
+    }
     for record in table.records:
         if record.spec.kind == "weight":
             writer.weight(record)
@@ -52,8 +57,15 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
             writer.activation(record)
     remove_unused(quantized)
     quantized.metadata_props[METADATA_KEY] = dumps(table.manifest)
-    external = len(model.files) > 1
-    return Quantized(quantized, table, writer.stored, writer.dequantized, notes, external)
+    return Quantized(
+        quantized,
+        table,
+        writer.stored,
+        writer.dequantized,
+        notes,
+        external_data=len(model.files) > 1,
+        corrected=corrected,
+    )
 
 
 class _Writer:

@@ -42,6 +42,7 @@ weight-method: mse:10
 percentile: 99.9
 weight-granularity: per-tensor
 reduce: mean
+bias-correction: true
 mean-batches: 3
 only: Conv
 exclude: head
@@ -107,6 +108,7 @@ def test_every_setting_is_read_in_its_type() -> None:
         percentile=99.9,
         weight_granularity="per-tensor",
         reduce="mean",
+        bias_correction=True,
         mean_batches=3,
         only="Conv",
         exclude="head",
