@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from calib.correcting import correct_biases as correct_biases
     from calib.data import Reading as Reading
     from calib.data import open_data as open_data
+    from calib.equalizing import equalize as equalize
     from calib.errors import CalibError as CalibError
     from calib.gate import Check as Check
     from calib.gate import CheckFiles as CheckFiles
@@ -67,6 +68,7 @@ _HOME = {
     "Calibrator": "calibrators",
     "Config": "config",
     "correct_biases": "correcting",
+    "equalize": "equalizing",
     "Reading": "data",
     "open_data": "data",
     "Distribution": "protocol",

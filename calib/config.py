@@ -60,6 +60,7 @@ class Config:
     reduce: str = "pool"
     mean_batches: int | None = None
     bias_correction: bool = False
+    equalize: bool = False
     only: str | None = None
     exclude: str | None = None
     op_types: tuple[str, ...] | None = None
@@ -233,6 +234,7 @@ class Config:
                 for rule in self.rules
             ),
             bias_correction=self.bias_correction,
+            equalize=self.equalize,
         )
 
     def to_bounds(self) -> Bounds:

@@ -15,13 +15,14 @@ from calib.calibration import calibrate
 from calib.comparison import Comparison
 from calib.correcting import check_correctable, corrected_on
 from calib.data import open_data
+from calib.equalizing import file_digest
 from calib.files import whole_file, write_texts, writing
-from calib.graph import Model, load_model
+from calib.graph import Model
 from calib.observations import Observations
 from calib.report.calibrated import calibration_document
 from calib.report.document import figures, number, plain, verdict_facts, versions
 from calib.report.page import render_page
-from calib.resuming import appearing, check_files, observe_split, saved_observations
+from calib.resuming import appearing, check_files, observe_split, open_model, saved_observations
 from calib.run import Run, Split
 from calib.saving import Quantized, external_files, free_data_name
 from calib.table import CalibrationTable, dumps
@@ -122,7 +123,7 @@ def calibrate_model(
     """
     rules, run, stage = rules or Rules(), run or Run(), _Stages()
     with stage("load"):
-        loaded = load_model(model, run.feedback)
+        loaded = open_model(model, rules, run)
         stage.large = loaded.n_bytes > _LARGE_BYTES
         plan = make_plan(loaded, rules)
         target = Path(output) if output else default_output(loaded, rules)
@@ -285,7 +286,7 @@ def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> 
             "observations": run.observations and run.observations.name,
         },
         "versions": versions(),
-        "digests": {"model_sha256": table.model_sha256},
+        "digests": {"model_sha256": file_digest(table.model_sha256)},
         "n_samples": table.n_samples,
     }
 

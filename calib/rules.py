@@ -155,6 +155,7 @@ class Rules:
         selection: which uses of tensors are quantized at all.
         overrides: for single tensors; of those that match, the first decides.
         bias_correction: whether the mean error of each output channel goes into the bias.
+        equalize: whether weights of layers that follow each other are balanced first.
 
     Raises:
         OptionError, CalibratorError: for a setting that is unknown or out of bounds.
@@ -168,6 +169,7 @@ class Rules:
     selection: Selection = field(default_factory=Selection)
     overrides: tuple[TensorRule, ...] = ()
     bias_correction: bool = False
+    equalize: bool = False
 
     def __post_init__(self) -> None:
         _check_granularity("weight-granularity", self.weight_granularity)

@@ -16,12 +16,12 @@ from calib.correcting import check_correctable, corrected_on
 from calib.curves import Profile, profiles
 from calib.data import open_data
 from calib.errors import CalibratorError, ModelError, OptionError, VerificationError
-from calib.graph import Model, load_model
+from calib.graph import Model
 from calib.iterables import Batches
 from calib.observations import Observations
 from calib.proposals import propose
 from calib.reference import Reference
-from calib.resuming import check_files, observe_split, saved_observations
+from calib.resuming import check_files, observe_split, open_model, saved_observations
 from calib.rivals import RIVALS, rival_ranges, rival_table
 from calib.rules import Rules, Widths
 from calib.run import Run, Split
@@ -142,7 +142,7 @@ class _Job:
         self, path: str | Path, data: object
     ) -> tuple[Model, Observations | None, Split, Plan]:
         """The model, observations that are read instead of observing, the samples, the tensors."""
-        model = load_model(path, self.run.feedback)
+        model = open_model(path, self.rules, self.run)
         check_files([], model, data, self.run)
         saved = saved_observations(model, self.run)
         source = open_data(model, data, self.run.reading)

@@ -121,6 +121,7 @@ GROUPS: dict[str, list[click.Option]] = {
             "bias-correction",
             "Put the mean error of each output channel into the bias: two more passes.",
         ),
+        _flag("equalize", "Balance the weights of layers that follow each other first."),
     ],
     "Which tensors": [
         _option("--exclude", "Regular expression: nodes and tensors to keep float.", "REGEX"),

@@ -60,7 +60,7 @@ _GROUPS = {
             "calibration samples in memory.",
         ),
         *_shared("Widths and methods", "edge_bits", "weight_granularity", "reduce", "mean_batches"),
-        *_shared("Widths and methods", "bias_correction"),
+        *_shared("Widths and methods", "bias_correction", "equalize"),
         *_shared("The gate", "metric"),
     ],
     "Which tensors": _shared("Which tensors"),

@@ -43,6 +43,7 @@ percentile: 99.9
 weight-granularity: per-tensor
 reduce: mean
 bias-correction: true
+equalize: true
 mean-batches: 3
 only: Conv
 exclude: head
@@ -109,6 +110,7 @@ def test_every_setting_is_read_in_its_type() -> None:
         weight_granularity="per-tensor",
         reduce="mean",
         bias_correction=True,
+        equalize=True,
         mean_batches=3,
         only="Conv",
         exclude="head",
@@ -158,6 +160,8 @@ def test_every_setting_reaches_the_rules_and_the_run() -> None:
         reduction=Reduction("mean", 3),
         selection=Selection("Conv", "head", ("Conv", "Gemm")),
         overrides=config.rules,
+        bias_correction=True,
+        equalize=True,
     )
     run = config.to_run()
     assert (run.samples, run.reading.batch_size, run.reading.seed) == (320, 16, 7)
