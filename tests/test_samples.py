@@ -289,7 +289,7 @@ def test_the_table_of_low_bits_is_printed_for_chosen_rows_and_widths(tmp_path: P
         low_bits, "--fixtures", FIXTURES, "--evaluate", 64, *options, "--json", written
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line[:24].strip() for line in done.stdout.strip().splitlines()] == [
+    assert [line[:30].strip() for line in done.stdout.strip().splitlines()] == [
         *("resnet20", "float", "octav", "+ both"),
     ]
     figures = json.loads(written.read_text())["resnet20"]
