@@ -9,11 +9,12 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.asymmetric import with_zero_point
 from calib.calibrators import Calibrator, is_built_in, make
 from calib.counter import Counter
-from calib.distribution import HISTOGRAM_BITS
-from calib.errors import CalibError, ObservationsError
-from calib.granularity import PerTensor, pieces, to_groups
+from calib.distribution import HISTOGRAM_BITS, Floats
+from calib.errors import CalibError, CalibratorError, ObservationsError
+from calib.granularity import Blocked, PerTensor, pieces, to_groups
 from calib.graph import Model, Skipped
 from calib.observations import Observations
 from calib.qtypes import QuantType
@@ -96,77 +97,145 @@ class _Tensor:
     Attributes:
         counter: an activation's; None of a weight.
         batches: counters of single batches, where thresholds are the mean over them.
-        questions, answers: the same number of each.
+        fewer: a note where these are fewer than were asked for.
+        numbers: of the questions, by the identity of the calibrator and the width.
+        questions: the same, in their order; one list for all tensors of a stack.
+        parts: answers to all of them, on each part.
     """
 
     def __init__(self, spec: TensorSpec, counter: Counter | None, batches: list[Counter] | None):
         self.name, self.dtype, self.granularity = spec.name, spec.dtype, spec.granularity
         self.counter, self.batches = counter, batches
+        self.signed = counter is None or counter.min < 0
+        # Of 32 values at 4 bits, the 16th level is worth 0.5 dB to mse, of 128 0.2 dB to octav.
+        self.narrow = counter is None and not isinstance(spec.granularity, Blocked)
         self.empty = counter is not None and counter.min > counter.max
-        self.questions: list[Asked] = []
+        self.fewer: tuple[str, ...] = ()
+        self.numbers: dict[tuple[int, int], int] = {}
+        self.questions: Sequence[Asked] = ()
         self.parts: list[Answers] = []
-        self._known: dict[Hashable, int] = {}
 
-    def ask(self, identity: int, calibrator: Calibrator, bits: int) -> int:
-        """The number of the question for the thresholds of ``calibrator`` at this width."""
-        number = self._known.setdefault((identity, bits), len(self._known))
-        if number == len(self.questions):
-            qtype = QuantType(bits, self.counter is None or self.signed, self.counter is None)
-            self.questions.append(Asked(calibrator, qtype))
+    @cached_property
+    def facts(self) -> list[_Fact]:
+        """What every question's record holds, once all parts are known."""
+        answers = merged(self.parts)
+        signal, noise = answers.signal, answers.noise.tolist()
+        facts = []
+        for number, question in enumerate(self.questions):
+            sqnr_db = decibels(signal, noise[number])
+            notes = (*answers.notes[number], *self._notes(question.qtype, signal, noise[number]))
+            own = question.qtype, answers.threshold[number], answers.scale[number]
+            facts.append(((*own, answers.max_abs, answers.count, sqnr_db), notes))
+        return facts
+
+    def _notes(self, qtype: QuantType, signal: float, noise: float) -> Iterator[str]:
+        """Besides those on a calibrator's answer."""
+        yield from self.fewer
+        if qtype.bits > HISTOGRAM_BITS:
+            yield _RAW if self.counter is None else _MODELLED
+        if self.counter is not None and self.counter.min == self.counter.max:
+            yield "constant: it held one value throughout"
+        if signal > 0 and not noise > 0:
+            yield "no quantization error at all"
+
+
+# The fields of a record, but for the first and the notes; and the notes.
+_Fields = tuple[QuantType, Floats, NDArray[np.float32], float, int, float | None]
+_Fact = tuple[_Fields, tuple[str, ...]]
+_Rows = list[tuple[TensorSpec, _Tensor, int]]
+
+
+class _Register:
+    """All tensors of all jobs, and the calibrators that they are calibrated by.
+
+    Attributes:
+        tensors: each once, in the order in which they are first asked for.
+        calibrators: those that answer the same are one; the place of each is its identity.
+    """
+
+    def __init__(self, observations: Observations):
+        self._observations = observations
+        self._known: dict[Hashable, _Tensor] = {}
+        self._identities: dict[object, int] = {}
+        self.calibrators: list[Calibrator] = []
+
+    @property
+    def tensors(self) -> list[_Tensor]:
+        return list(self._known.values())
+
+    def rows(self, job: _Job) -> _Rows:
+        """Each tensor of the job's plan, and which of its questions is meant."""
+        reduction = job.rules.reduction
+        mean = reduction if reduction.name != "pool" else None
+        distinct = {id(calibrator): calibrator for calibrator in job.calibrators.values()}
+        identities = {key: self._identity(calibrator) for key, calibrator in distinct.items()}
+        rows, known = [], self._known
+        for spec in job.plan.specs:
+            key = spec.name, spec.kind, spec.granularity, mean
+            if (tensor := known.get(key)) is None:
+                tensor = known[key] = self._tensor(spec, mean)
+            question = identities[id(job.calibrators[spec.name])], spec.bits
+            rows.append((spec, tensor, tensor.numbers.setdefault(question, len(tensor.numbers))))
+        return rows
+
+    def stacks(self, tensors: Sequence[_Tensor]) -> Iterator[tuple[list[_Tensor], bool]]:
+        """Tensors that can be dealt with together, and whether by calibrators of ours alone; a
+        third party's see one tensor at a time."""
+        foreign = {n for n, c in enumerate(self.calibrators) if not is_built_in(c)}
+        found: dict[Hashable, list[_Tensor]] = {}
+        ours: dict[Hashable, bool] = {}
+        for tensor in tensors:
+            asked = tuple(tensor.numbers)
+            if asked not in ours:
+                ours[asked] = foreign.isdisjoint(identity for identity, _ in asked)
+            alone = None if tensor.batches is None and ours[asked] else id(tensor)
+            kind = tensor.counter is None, tensor.narrow, tensor.signed
+            key = asked, tensor.dtype, kind, alone
+            found.setdefault(key, []).append(tensor)
+        for stack in found.values():
+            first, asked = stack[0], tuple(stack[0].numbers)
+            signed, narrow = first.signed, first.narrow
+            questions = [
+                Asked(self.calibrators[identity], QuantType(bits, signed, narrow))
+                for identity, bits in asked
+            ]
+            for tensor in stack:
+                tensor.questions = questions
+            yield stack, ours[asked]
+
+    def _identity(self, calibrator: Calibrator) -> int:
+        key: object = calibrator
+        try:
+            hash(calibrator)
+        except TypeError:
+            key = id(calibrator)
+        number = self._identities.setdefault(key, len(self.calibrators))
+        if number == len(self.calibrators):
+            self.calibrators.append(calibrator)
         return number
 
-    @property
-    def signed(self) -> bool:
-        """Whether an activation has negative values."""
-        return self.counter is not None and self.counter.min < 0
-
-    @property
-    def built_in(self) -> bool:
-        """Whether only calibrators of ours are asked."""
-        return all(is_built_in(question.calibrator) for question in self.questions)
-
-    @property
-    def stack(self) -> Hashable:
-        """The same of tensors that can be dealt with together; a third party's calibrators see one
-        at a time."""
-        alone = id(self) if self.batches is not None or not self.built_in else None
-        return tuple(self._known), self.dtype, self.counter is None, self.signed, alone
-
-    @cached_property
-    def answers(self) -> Answers:
-        """On the whole tensor, once all its parts are known."""
-        return merged(self.parts)
-
-    @cached_property
-    def constant(self) -> bool:
-        """Whether an activation held one value throughout."""
-        return self.counter is not None and self.counter.min == self.counter.max
-
-
-def _identities(jobs: Sequence[_Job]) -> dict[int, int]:
-    """For the id of each calibrator a number, the same for those that answer the same."""
-    distinct = {id(c): c for job in jobs for c in job.calibrators.values()}
-    numbers: dict[object, int] = {}
-    return {key: numbers.setdefault(_identity(c), len(numbers)) for key, c in distinct.items()}
-
-
-def _identity(calibrator: Calibrator) -> object:
-    try:
-        hash(calibrator)
-    except TypeError:
-        return id(calibrator)
-    return calibrator
+    def _tensor(self, spec: TensorSpec, mean: Reduction | None) -> _Tensor:
+        if spec.kind == "weight":
+            return _Tensor(spec, None, None)
+        counter = self._observations.counters[spec.name]
+        if mean is None:
+            return _Tensor(spec, counter, None)
+        kept = self._observations.batches[: mean.batches]
+        single = [found for batch in kept if (found := batch[spec.name]).n_finite]
+        tensor = _Tensor(spec, counter, single)
+        if (all_ := len(self._observations.batches)) < mean.kept_batches:
+            tensor.fewer = (f"mean over all {all_} batches that there are",)
+        return tensor
 
 
 def _tables(
     model: Model, observations: Observations, jobs: Sequence[_Job]
 ) -> list[CalibrationTable]:
-    tensors: dict[Hashable, _Tensor] = {}
+    register = _Register(observations)
     for job in jobs:
         _check_observations(observations, job.plan, job.rules)
-    identities = _identities(jobs)
-    asked = [list(_questions(job, observations, tensors, identities)) for job in jobs]
-    _answer(model, [tensor for tensor in tensors.values() if not tensor.empty])
+    asked = [register.rows(job) for job in jobs]
+    _answer(model, register)
     return [_table(model, observations, job, rows) for job, rows in zip(jobs, asked, strict=True)]
 
 
@@ -185,51 +254,25 @@ def _check_observations(observations: Observations, plan: Plan, rules: Rules) ->
         )
 
 
-def _questions(
-    job: _Job,
-    observations: Observations,
-    tensors: dict[Hashable, _Tensor],
-    identities: dict[int, int],
-) -> Iterator[tuple[TensorSpec, _Tensor, int]]:
-    """Each tensor of the plan, and which of its answers is meant; new ones join ``tensors``."""
-    mean = job.rules.reduction if job.rules.reduction.name != "pool" else None
-    for spec in job.plan.specs:
-        key = spec.name, spec.kind, spec.granularity, mean
-        tensor = tensors.get(key) or tensors.setdefault(key, _tensor(observations, spec, mean))
-        calibrator = job.calibrators[spec.name]
-        yield spec, tensor, tensor.ask(identities[id(calibrator)], calibrator, spec.bits)
-
-
-def _tensor(observations: Observations, spec: TensorSpec, mean: Reduction | None) -> _Tensor:
-    if spec.kind == "weight":
-        return _Tensor(spec, None, None)
-    batches = None
-    if mean is not None:
-        kept = observations.batches[: mean.batches]
-        batches = [counter for batch in kept if (counter := batch[spec.name]).n_finite]
-    return _Tensor(spec, observations.counters[spec.name], batches)
-
-
-def _answer(model: Model, tensors: Sequence[_Tensor]) -> None:
+def _answer(model: Model, register: _Register) -> None:
     """All together; where that fails one after another, so that the culprit is named."""
+    tensors = [tensor for tensor in register.tensors if not tensor.empty]
     try:
-        _answer_stacked(model, tensors)
+        _answer_stacked(model, register, tensors)
     except CalibError:
         for tensor in tensors:
             tensor.parts.clear()
         for tensor in tensors:
             try:
-                _answer_stacked(model, [tensor])
+                _answer_stacked(model, register, [tensor])
             except CalibError as error:
                 raise type(error)(f"{tensor.name!r}: {error}") from error
 
 
-def _answer_stacked(model: Model, tensors: Sequence[_Tensor]) -> None:
-    stacks: dict[Hashable, list[_Tensor]] = {}
-    for tensor in tensors:
-        stacks.setdefault(tensor.stack, []).append(tensor)
+def _answer_stacked(model: Model, register: _Register, tensors: Sequence[_Tensor]) -> None:
+    stacks = list(register.stacks(tensors))
     for built_in, share in ((True, spread), (False, one_by_one)):
-        chosen = (stack for stack in stacks.values() if stack[0].built_in == built_in)
+        chosen = (stack for stack, ours in stacks if ours == built_in)
         portions = (portion for stack in chosen for portion in _portions(model, stack))
         for owners, answers in share(lambda portion: (portion[0], portion[1]()), portions):
             for owner, part in zip(owners, answers, strict=True):
@@ -280,42 +323,23 @@ def _weights(
     yield owners, values
 
 
-def _table(
-    model: Model,
-    observations: Observations,
-    job: _Job,
-    rows: Sequence[tuple[TensorSpec, _Tensor, int]],
-) -> CalibrationTable:
+def _table(model: Model, observations: Observations, job: _Job, rows: _Rows) -> CalibrationTable:
     unseen = "no value of it was seen in the data"
-    mean, kept = job.rules.reduction, len(observations.batches)
-    fewer = [f"mean over all {kept} batches that there are"] if kept < mean.kept_batches else []
     return CalibrationTable(
         model.sha256,
         observations.n_samples,
-        tuple(_record(*row, fewer) for row in rows if not row[1].empty),
+        tuple(_record(*row) for row in rows if not row[1].empty),
         (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec, t, _ in rows if t.empty)),
     )
 
 
-def _record(spec: TensorSpec, tensor: _Tensor, number: int, fewer: list[str]) -> TensorRecord:
-    answers, qtype = tensor.answers, tensor.questions[number].qtype
-    sqnr_db = decibels(answers.signal, float(answers.noise[number]))
-    notes = [*spec.notes, *answers.notes[number]]
-    if tensor.counter is not None:
-        notes += fewer
-    if qtype.bits > HISTOGRAM_BITS:
-        notes.append(_RAW if tensor.counter is None else _MODELLED)
-    if tensor.constant:
-        notes.append("constant: it held one value throughout")
-    if sqnr_db is None and answers.signal > 0:
-        notes.append("no quantization error at all")
-    return TensorRecord(
-        spec=spec,
-        qtype=qtype,
-        threshold=answers.threshold[number],
-        scale=answers.scale[number],
-        max_abs=answers.max_abs,
-        count=answers.count,
-        sqnr_db=sqnr_db,
-        notes=tuple(notes),
-    )
+def _record(spec: TensorSpec, tensor: _Tensor, number: int) -> TensorRecord:
+    fields, notes = tensor.facts[number]
+    record = TensorRecord(spec, *fields, (*spec.notes, *notes) if spec.notes else notes)
+    if tensor.counter is None or spec.grid == "symmetric":
+        return record
+    calibrator = tensor.questions[number].calibrator
+    try:
+        return with_zero_point(record, calibrator, tensor.counter, tensor.batches or ())
+    except CalibratorError as error:
+        raise CalibratorError(f"{spec.name!r}: {error}") from error

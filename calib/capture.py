@@ -29,6 +29,7 @@ _UNKNOWN_OP = "is not a registered function/op"
 _MOST_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
 _SHARED_BYTES = 1 << 10
 _NO_FILE = "in-memory"
+EXACT = "session.qdq_matmulnbits_accuracy_level"
 _NO_SPINNING_BETWEEN_RUNS = "session.force_spinning_stop"
 _FOLDER_OF_EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 _NUMPY_TYPES = {
@@ -51,6 +52,7 @@ class Runtime:
         custom_ops: shared libraries that implement custom operators.
         frugal: take as little memory as can be and keep none between runs; slower.
         yielding: threads of onnxruntime sleep between runs, when there is other work.
+        exact: where only the weight is quantized, do not round the other input to int8.
 
     Raises:
         OptionError: if threads are negative or absurdly many.
@@ -61,6 +63,7 @@ class Runtime:
     custom_ops: tuple[Path, ...] = ()
     frugal: bool = False
     yielding: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= _MOST_THREADS:
@@ -246,7 +249,7 @@ def _options(runtime: Runtime, optimized: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = runtime.threads
     options.log_severity_level = _SEVERITY_FATAL
-    levels = ort.GraphOptimizationLevel
+    level = ort.GraphOptimizationLevel
     for library in runtime.custom_ops:
         if not library.exists():
             raise OptionError(f"{library}: no such file")
@@ -256,16 +259,16 @@ def _options(runtime: Runtime, optimized: bool) -> ort.SessionOptions:
             raise OptionError(
                 f"{library}: cannot be loaded as a custom operator library: {_reason(error)}"
             ) from error
-    options.graph_optimization_level = (
-        levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    )
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     if runtime.yielding:
         options.add_session_config_entry(_NO_SPINNING_BETWEEN_RUNS, "1")
         options.enable_mem_pattern = False  # its plan would take memory anew in the second run
+    if runtime.exact:
+        options.add_session_config_entry(EXACT, "0")
     if runtime.frugal:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if optimized:  # above this level, values are kept in a second layout, too
-            options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+            options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
     return options
 
 

@@ -14,8 +14,6 @@ bin, which begins at a and holds d values per unit, those below b_l were counted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,67 +22,113 @@ from calib.compiled import kernel
 from calib.ranked import Floats
 
 Starts = NDArray[np.int64]
+Tables = tuple[Starts, Starts, Starts, Starts]
 
 _SAME = 3  # bins may end at the same code: where the exact maximum cuts the last, and at 0
+_NEARLY, _NOISE = 1 + 1e-9, 1e-9
 
 
 class Cells:
     """Bins of magnitudes, ascending on each side of each group; the sides lie behind one another,
-    first the negative and then the positive one of every group.
+    first the positive and then the negative one of every group.
 
     Args:
-        sides: where the bins of each begin and end, and how many values they hold, float64
-            ``(3, N)``.
+        cells: where each bin begins and ends, and how many values it holds, float64 ``(3, N)``.
+        starts: where the bins of each side begin, and where the last ends, ``(2G + 1,)``.
     """
 
-    def __init__(self, sides: Sequence[Floats]):
-        low, high, count = np.concatenate(sides, axis=1)
-        self._starts = np.cumsum([0, *(side.shape[1] for side in sides)])
-        mean, mean_square = (low + high) / 2, (low * low + low * high + high * high) / 3
-        from_here = [self._from_here(terms) for terms in (count, count * mean)]
-        width = high - low
-        half_density = np.divide(count / 2, width, out=np.zeros_like(width), where=width > 0)
-        self._bins = np.stack([low, high, half_density, *from_here])
-        self._table = _tables(self._split(high))
-        self._square_sum = np.array([part.sum() for part in self._split(count * mean_square)])
+    def __init__(self, cells: Floats, starts: Starts):
+        prepare = _prepared if compiled.enabled() else _plainly_prepared
+        self._bins, self._squares, self._tables = prepare(cells, starts)
 
     def squared_error(self, step: Floats, levels: tuple[int, int]) -> Floats:
         """The sum of squared errors ``(P, G)`` of grids with ``step`` ``(P, G)`` and so many
-        ``levels`` below and above 0."""
+        ``levels`` above and below 0."""
         if compiled.enabled():
-            gain = _gains(self._bins, (self._starts, *self._table), step, levels)
+            gain = _gains(self._bins, self._tables, step, levels)
         else:
             gain = np.zeros(step.shape)
-            at, begin, lowest = self._table
-            for side, bins in enumerate(self._split(self._bins)):
+            starts, at, begin, lowest = self._tables
+            for side, bins in enumerate(np.split(self._bins, starts[1:-1], axis=-1)):
                 table = at[begin[side] : begin[side + 1]], int(lowest[side])
                 gain[:, side // 2] += _gain(bins, table, step[:, side // 2], levels[side % 2])
-        total = self._square_sum[0::2] + self._square_sum[1::2]
+        total = self._squares[0::2] + self._squares[1::2]
         return np.asarray(np.maximum(total - gain, 0))
 
-    def _split(self, terms: Floats) -> list[Floats]:
-        return np.split(terms, self._starts[1:-1], axis=-1)
+    def least(self, step: Floats, levels: tuple[int, int], count: Floats) -> Starts:
+        """Which of ``step`` ``(P, G)``, that ascend, has the least `squared_error` over ``count``,
+        of several the first, ``(G,)``."""
+        if compiled.enabled():
+            return _least(self._bins, self._tables, (self._squares, count), step, levels)
+        return np.asarray(np.argmin(self.squared_error(step, levels) / count, axis=0))
 
-    def _from_here(self, terms: Floats) -> Floats:
-        """From each term on, the sum to the end of its side."""
-        parts = [np.cumsum(part[::-1])[::-1] for part in self._split(terms)]
-        return np.concatenate(parts)
 
-
-def _tables(highs: Sequence[Floats]) -> tuple[Starts, Starts, Starts]:
-    """Where the bins are: for the code that `Counter` gives a value, from the lowest that occurs
-    on, how many bins of a side end at smaller ones. Of all sides behind one another; where each
-    begins; and the lowest."""
+def _plainly_prepared(cells: Floats, starts: Starts) -> tuple[Floats, Floats, Tables]:
+    low, high, count = cells
+    mean, mean_square = (low + high) / 2, (low * low + low * high + high * high) / 3
+    width = high - low
+    half_density = np.divide(count / 2, width, out=np.zeros_like(width), where=width > 0)
+    from_here = [_from_here(terms, starts) for terms in (count, count * mean)]
+    squares = _from_here(count * mean_square, starts)
+    ends = np.append(squares, 0)[starts[:-1]] * (np.diff(starts) > 0)
     tables, lowest = [], []
-    for high in highs:
-        codes = _codes(high)
+    for side in np.split(high, starts[1:-1]):
+        codes = _codes(side)
         nearest = min(int(codes.searchsorted(1)), codes.size - 1)
         first = int(codes[nearest]) if codes.size else 0
         ending = np.bincount(np.maximum(codes - first, 0))  # the one of 0 is far from the others
         tables.append(np.concatenate([[0], np.cumsum(ending)]))
         lowest.append(first)
     begin = np.cumsum([0, *(table.size for table in tables)])
-    return np.concatenate(tables), begin, np.array(lowest)
+    found = starts, np.concatenate(tables), begin, np.array(lowest)
+    return np.stack([low, high, half_density, *from_here]), ends, found
+
+
+def _from_here(terms: Floats, starts: Starts) -> Floats:
+    """From each term on, the sum to the end of its side."""
+    parts = [np.cumsum(part[::-1])[::-1] for part in np.split(terms, starts[1:-1])]
+    return np.concatenate(parts)
+
+
+@kernel()
+def _prepared(cells: Floats, starts: Starts) -> tuple[Floats, Floats, Tables]:
+    """The bins: where each begins and ends, half of what it holds per unit, and from it on the
+    number of values and their sum, ``(5, N)``; the sums of squares of the sides; and tables.
+
+    These tell where the bins are. For the code that `Counter` gives a value, from the lowest that
+    occurs on, how many bins of a side end at smaller ones; of all sides behind one another. The
+    tables are: where the bins of each side begin, those, where they begin, and the lowest codes.
+    """
+    low, high, count = cells[0], cells[1], cells[2]
+    bins, squares = np.empty((5, low.size)), np.zeros(starts.size - 1)
+    begin, lowest = np.zeros(starts.size, np.int64), np.zeros(starts.size - 1, np.int64)
+    for side in range(squares.size):
+        first, last = starts[side], starts[side + 1]
+        number = total = square = 0.0
+        for at in range(last - 1, first - 1, -1):
+            a, b, n = low[at], high[at], count[at]
+            number, total = number + n, total + n * ((a + b) / 2)
+            square += n * ((a * a + a * b + b * b) / 3)
+            bins[0, at], bins[1, at], bins[3, at], bins[4, at] = a, b, number, total
+            bins[2, at] = n / 2 / (b - a) if b > a else 0.0
+        squares[side], begin[side + 1] = square, begin[side] + 1
+        if first < last:
+            nearest = first + (first + 1 < last and _code(high[first]) < 1)
+            lowest[side] = _code(high[nearest])
+            begin[side + 1] += _code(high[last - 1]) - lowest[side] + 1
+    table = np.zeros(begin[-1], np.int64)
+    for side in range(squares.size):
+        own = table[begin[side] : begin[side + 1]]
+        for at in range(starts[side], starts[side + 1]):
+            own[max(_code(high[at]) - lowest[side], 0) + 1] += 1
+        for code in range(1, own.size):
+            own[code] += own[code - 1]
+    return bins, squares, (starts, table, begin, lowest)
+
+
+@kernel()
+def _code(magnitude: float) -> int:
+    return int((np.int64(np.float32(magnitude).view(np.uint32)) + 0x8000) >> 16)
 
 
 def _codes(magnitudes: Floats) -> Starts:
@@ -107,31 +151,71 @@ def _gain(bins: Floats, table: tuple[Starts, int], step: Floats, levels: int) ->
 
 
 @kernel()
-def _gains(
-    bins: Floats,
-    tables: tuple[Starts, Starts, Starts, Starts],
-    steps: Floats,
-    levels: tuple[int, int],
-) -> Floats:
+def _gains(bins: Floats, tables: Tables, steps: Floats, levels: tuple[int, int]) -> Floats:
+    gain = np.zeros(steps.shape)
+    for side in range(tables[0].size - 1):
+        for index in range(steps.shape[0]):
+            step = steps[index, side // 2]
+            gain[index, side // 2] += _side_gain(bins, tables, side, step, levels[side % 2])
+    return gain
+
+
+@kernel()
+def _side_gain(bins: Floats, tables: Tables, side: int, step: float, levels: int) -> float:
+    """What all ``levels`` above 0 gain on one side."""
+    excess = 0.0
+    for level in range(levels):
+        own, _, beyond = _excess(bins, tables, side, (level + 0.5) * step)
+        if beyond:
+            break
+        excess += own
+    return 2 * step * excess
+
+
+@kernel()
+def _excess(bins: Floats, tables: Tables, side: int, boundary: float) -> tuple[float, float, bool]:
+    """The sum of ``x - boundary`` over the values above, how many these are, and whether all bins
+    are below."""
     low, high, half_density, count, total = bins[0], bins[1], bins[2], bins[3], bins[4]
     starts, table, begin, lowest = tables
-    gain = np.zeros(steps.shape)
-    for side in range(starts.size - 1):
-        first, last = starts[side], starts[side + 1]
-        own, group = table[begin[side] : begin[side + 1]], side // 2
-        if first == last:
-            continue
-        for index in range(steps.shape[0]):
-            step, excess = steps[index, group], 0.0
-            for level in range(levels[side % 2]):
-                boundary = (level + 0.5) * step
-                code = (np.int64(np.float32(boundary).view(np.uint32)) + 0x8000) >> 16
-                at = first + own[min(max(code - lowest[side], 0), own.size - 1)]
-                while at < last and high[at] <= boundary:
-                    at += 1
-                if at == last:
-                    break
-                part = max(boundary - low[at], 0.0)
-                excess += total[at] - boundary * count[at] + half_density[at] * part * part
-            gain[index, group] += 2 * step * excess
-    return gain
+    own, last = table[begin[side] : begin[side + 1]], starts[side + 1]
+    at = starts[side] + own[min(max(_code(boundary) - lowest[side], 0), own.size - 1)]
+    while at < last and high[at] <= boundary:
+        at += 1
+    if at == last:
+        return 0.0, 0.0, True
+    part = max(boundary - low[at], 0.0)
+    above = count[at] - 2 * half_density[at] * part
+    excess = total[at] - boundary * count[at] + half_density[at] * part * part
+    return excess, above, False
+
+
+@kernel()
+def _least(
+    bins: Floats,
+    tables: Tables,
+    sums: tuple[Floats, Floats],
+    steps: Floats,
+    levels: tuple[int, int],
+) -> Starts:
+    """From the largest step down, until what is clipped is more than the least error."""
+    squares, count = sums
+    best = np.zeros(count.size, np.int64)
+    for group in range(count.size):
+        total, least, clipped = squares[2 * group] + squares[2 * group + 1], np.inf, 0.0
+        for index in range(steps.shape[0] - 1, -1, -1):
+            step, gain = steps[index, group], 0.0
+            for side in range(2):
+                gain += _side_gain(bins, tables, 2 * group + side, step, levels[side])
+            error = max(total - gain, 0.0) / count[group]
+            if error <= least:
+                best[group], least = index, error
+            # With the threshold it falls, by twice the excess over it, which is convex.
+            for side in range(2 if index > 0 else 0):
+                threshold = step * levels[side]
+                less = threshold - steps[index - 1, group] * levels[side]
+                excess, above, _ = _excess(bins, tables, 2 * group + side, threshold)
+                clipped += less * (2 * excess + less * above)
+            if clipped > least * count[group] * _NEARLY + total * _NOISE:
+                break
+    return best

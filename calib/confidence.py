@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from calib.calibration import calibrate_with
 from calib.calibrators import Calibrator, make
 from calib.counterfile import Counters
@@ -131,7 +129,10 @@ def confidence(
         return {record.name: record for record in table.records}
 
     everything = records(observations.counters)
-    calibrators.update({n: _OnGrid(calibrators[n], r.qtype) for n, r in everything.items()})
+    for name, record in everything.items():
+        if not record.qtype.zero_point:
+            calibrators[name] = _OnGrid(calibrators[name], record.qtype)
+    specs = tuple(replace(spec, grid=_grid(everything.get(spec.name))) for spec in specs)
     halves = [records(half) for half in observations.halves]
     tensors = [
         _certainty(
@@ -150,10 +151,15 @@ def confidence(
 
 def _certainty(dist: Histogram, records: list[TensorRecord]) -> Certainty:
     everything, first, second = (_threshold(record) for record in records)
-    thresholds = np.array([[everything], [first], [second]])
-    best, *others = dist.mse(thresholds, records[0].qtype)[:, 0]
+    errors = (dist.mse(record.threshold, record.qtype)[0] for record in records)
+    best, *others = (float(error) for error in errors)
     worse = max(*others, best) / best if best > 0 else 1.0
     return Certainty(records[0].name, everything, first, second, 10 * math.log10(worse))
+
+
+def _grid(record: TensorRecord | None) -> str:
+    """That of all samples, for the halves to be compared on."""
+    return "asymmetric" if record is not None and record.qtype.zero_point else "symmetric"
 
 
 @dataclass(frozen=True, slots=True)

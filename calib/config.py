@@ -14,7 +14,7 @@ from calib.errors import CalibError, OptionError
 from calib.images import Preprocessing
 from calib.prepare import QUANTIZABLE_OPS
 from calib.qtypes import check_width
-from calib.readers import Origin, expected, is_function
+from calib.readers import Bits, Origin, expected, is_function, width_of
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths
 from calib.run import Run
 from calib.settings import first_word, key_of, plain, read_fields
@@ -51,12 +51,15 @@ class Config:
     padding_mask: str | None = None
     bits: int = 8
     weight_bits: int | None = None
-    activation_bits: int | None = None
+    activation_bits: Bits | None = None
     edge_bits: int | None = None
     method: str = "octav"
     weight_method: str | None = None
     percentile: float | None = None
     weight_granularity: str = "per-channel"
+    activations: str = "symmetric"
+    block_size: int | None = None
+    weight_format: str = "qdq"
     reduce: str = "pool"
     mean_batches: int | None = None
     bias_correction: bool = False
@@ -177,7 +180,8 @@ class Config:
         if given.get("reduce", self.reduce) != "mean":
             dropped["mean_batches"] = None
         if "bits" in given:
-            dropped.update(weight_bits=None, activation_bits=None)
+            kept = self.activation_bits if self.activation_bits == "none" else None
+            dropped.update(weight_bits=None, activation_bits=kept)
         if "method" in given:
             dropped["weight_method"] = None
         now = {"method": self.method, "weight_method": self.weight_method, **dropped, **given}
@@ -215,12 +219,15 @@ class Config:
         return Rules(
             widths=Widths(
                 weights=self.bits if self.weight_bits is None else self.weight_bits,
-                activations=self.bits if self.activation_bits is None else self.activation_bits,
+                activations=width_of(self.activation_bits, self.bits),
                 edge=self.edge_bits,
             ),
             method=self._with_percentile(self.method),
             weight_method=self.weight_method and self._with_percentile(self.weight_method),
             weight_granularity=self.weight_granularity,
+            activations=self.activations,
+            block_size=self.block_size,
+            weight_format=self.weight_format,
             reduction=Reduction(
                 self.reduce, _MEAN_BATCHES if self.mean_batches is None else self.mean_batches
             ),

@@ -74,8 +74,9 @@ def correct_biases(
     return table.with_corrections(corrected.corrections)
 
 
-def check_correctable(split: Split, *, synthetic: bool) -> None:
-    """Raises `OptionError` unless biases can be corrected on the samples of ``split``."""
+def check_correctable(split: Split, *, made_up: bool) -> None:
+    """Raises `OptionError` unless biases can be corrected on the samples of ``split``; ``made_up``:
+    they are, though what is quantized does not come from them."""
     if isinstance(split.source, Batches) and split.source.once_only:
         raise OptionError(
             "bias-correction needs data that can be gone through again: give a function that "
@@ -85,10 +86,10 @@ def check_correctable(split: Split, *, synthetic: bool) -> None:
         raise OptionError(
             "bias-correction counts padding, padding-mask says not to: leave out one of them"
         )
-    if synthetic and split.run.observations is not None:
+    if made_up:
         raise OptionError(
-            "bias-correction needs the samples that were observed, the observations do not hold "
-            "them: give --data too"
+            "bias-correction needs the samples themselves, beside observations or for weights "
+            "alone, too: give --data"
         )
 
 

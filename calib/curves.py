@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from calib.counter import Counter
 from calib.distribution import Floats, Histogram
-from calib.granularity import PerChannel, along_tensor, pieces, to_groups
+from calib.granularity import Blocked, PerChannel, along_tensor, pieces, to_groups
 from calib.graph import Model
 from calib.observations import Observations
 from calib.qtypes import QuantType
@@ -120,7 +120,8 @@ def _profile(
         counter, largest = observations.counters[spec.name], np.ones(1)
     signed = weight or counter.min < 0
     dist = Histogram(counter)
-    types = [QuantType(bits, signed=signed, narrow=weight) for bits in widths]
+    narrow = weight and not isinstance(spec.granularity, Blocked)
+    types = [QuantType(bits, signed=signed, narrow=narrow) for bits in widths]
     return Profile(
         spec.name,
         weight and isinstance(spec.granularity, PerChannel),
@@ -141,7 +142,7 @@ def _count_weight(model: Model, spec: TensorSpec) -> tuple[Counter, Floats]:
         if isinstance(spec.granularity, PerChannel):
             most = np.abs(to_groups(part, spec.granularity)).max(axis=1, initial=0.0)
             divisor = np.where(most > 0, most, np.float32(1))
-            part = part / along_tensor(divisor, part.ndim, spec.granularity)
+            part = part / along_tensor(divisor, part.shape, spec.granularity)
             found.append(divisor.astype(np.float64))
         counter.update(part)
     per_channel = np.concatenate(found)

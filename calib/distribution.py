@@ -7,7 +7,7 @@ answers from at most 65,536 bins, however many values were counted (activations)
 from __future__ import annotations
 
 from calib.histogram import Histogram
-from calib.protocol import HISTOGRAM_BITS, Distribution, Seeking, Tail, sweep
+from calib.protocol import HISTOGRAM_BITS, Distribution, Seeking, Tail, seeking, sweep
 from calib.ranked import Floats
 from calib.samples import Samples
 
@@ -19,5 +19,6 @@ __all__ = [
     "Samples",
     "Seeking",
     "Tail",
+    "seeking",
     "sweep",
 ]

@@ -48,6 +48,7 @@ class Use:
         edge: the node is a weighted layer with none before it, or none behind it.
         granularity: one group for each output channel of the node, for weights that have one
             axis for them.
+        inputs: the axis of a MatMul's or Gemm's weight that its products are summed along.
         dtype: of the values, float32 or float16.
     """
 
@@ -58,6 +59,7 @@ class Use:
     edge: bool
     granularity: Granularity
     dtype: str = "float32"
+    inputs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,10 @@ def _use(node: ir.Node, position: int, edge: bool) -> Use:
         axis = _channel_axis(node, position, len(value.shape or ()))
         granularity = PerTensor() if axis is None else PerChannel(axis)
     dtype = "float16" if _float_type(node, position) is ir.DataType.FLOAT16 else "float32"
-    return Use(value.name, kind, node.name, node.op_type, edge, granularity, dtype)
+    inputs = 1 - granularity.axis if isinstance(granularity, PerChannel) else None
+    if node.op_type not in ("MatMul", "Gemm"):
+        inputs = None
+    return Use(value.name, kind, node.name, node.op_type, edge, granularity, dtype, inputs)
 
 
 def _obstacle(node: ir.Node, position: int) -> str | None:

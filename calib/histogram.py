@@ -4,12 +4,14 @@ counted (activations)."""
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calib.cells import Cells
 from calib.counter import Counter
+from calib.ordered import Ordered
 from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
 from calib.qtypes import QuantType
 from calib.quantize import scale_from_threshold
@@ -28,12 +30,18 @@ class Histogram:
     def __init__(self, *counters: Counter):
         self._bounds = np.array([[counter.min, counter.max] for counter in counters])
         self._largest: Floats = np.abs(self._bounds).max(axis=1)
-        self._codes, self._counts = zip(*(counter.bins() for counter in counters), strict=True)
-        self._count = np.array([counts.sum() for counts in self._counts], np.float64)
+        bins = [counter.bins() for counter in counters]
+        self._count = np.array([counts.sum() for _, counts in bins], np.float64)
+        self._codes = np.concatenate([codes for codes, _ in bins])
+        self._counts = np.concatenate([counts for _, counts in bins])
+        ends = [(codes.searchsorted(_MINUS_ZERO), codes.size) for codes, _ in bins]
+        lengths = [n for first, both in ends for n in (first, both - first)]
+        # Of the sides of each group: first its positive values, then the others.
+        self._starts = np.cumsum([0, *lengths])
 
     @property
     def groups(self) -> int:
-        return len(self._codes)
+        return self._largest.size
 
     @property
     def has_negative(self) -> bool:
@@ -58,6 +66,15 @@ class Histogram:
     def tail(self, t: Floats) -> Tail:
         return Tail(*self._ranked.tail(t))
 
+    def extremes(self) -> tuple[Floats, Floats]:
+        return self._bounds[:, 0].copy(), self._bounds[:, 1].copy()
+
+    def signed_quantile(self, q: float) -> Floats:
+        return self._ordered.quantile(q)
+
+    def tails(self, low: Floats, high: Floats) -> tuple[Tail, Tail]:
+        return Tail(*self._ordered.below(low)), Tail(*self._ordered.above(high))
+
     def fixed_point(self, noise: float) -> Floats:
         """See `Seeking`; the exact maximum where no bin's centre lies above."""
         found = self._ranked.fixed_point(noise)
@@ -65,7 +82,13 @@ class Histogram:
 
     def least_mse(self, points: int, qtype: QuantType) -> Floats:
         """See `Seeking`."""
-        return sweep(self, points, qtype)
+        if qtype.bits > HISTOGRAM_BITS:
+            return sweep(self, points, qtype)
+        thresholds = np.arange(1, points + 1)[:, None] / points * self._largest
+        step = scale_from_threshold(thresholds, qtype).astype(np.float64)
+        best = self._cells.least(step, (qtype.qmax, -qtype.qmin), self._count)
+        best[self._largest == 0] = 0
+        return np.asarray((best + 1) / points * self._largest)
 
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         """As `Distribution.mse`; values are taken to spread evenly over their bin.
@@ -76,15 +99,15 @@ class Histogram:
             return self.modelled_mse(np.asarray(t, np.float64), qtype)
         thresholds = np.asarray(t, np.float64).reshape(-1, self.groups)
         step = scale_from_threshold(thresholds, qtype).astype(np.float64)
-        errors = self._cells.squared_error(step, (-qtype.qmin, qtype.qmax)) / self.count()
+        errors = self._cells.squared_error(step, (qtype.qmax, -qtype.qmin)) / self.count()
         return or_mean_square(self, thresholds, errors).reshape(np.shape(t))
 
     def snap(self, t: Floats) -> Floats:
         """``t``, or the exact maximum where ``t`` lies in the top bin, too coarse to tell."""
+        inner, outer = self._edges
         inner_edge = np.empty(self.groups)
-        for group, (low, high) in enumerate(self._edges):
-            reach = np.maximum(np.abs(low), np.abs(high))
-            inner_edge[group] = np.minimum(np.abs(low), np.abs(high))[reach.argmax()]
+        for group, (first, last) in enumerate(pairwise(self._starts[::2])):
+            inner_edge[group] = inner[first + outer[first:last].argmax()]
         return np.where(t >= inner_edge, self.max_abs(), t)
 
     def modelled_mse(self, t: Floats, qtype: QuantType) -> Floats:
@@ -95,17 +118,36 @@ class Histogram:
         return (qtype.rounding_noise * t**2 * inside + clipped) / self.count()
 
     @cached_property
-    def _edges(self) -> list[tuple[Floats, Floats]]:
-        pairs = zip(map(_bin_edges, self._codes), self._bounds, strict=True)
-        return [(np.clip(low, *bounds), np.clip(high, *bounds)) for (low, high), bounds in pairs]
+    def _sides(self) -> NDArray[np.float64]:
+        """For each bin the least and the largest magnitude on its side, ``(2, N)``."""
+        low, high = self._bounds.T
+        bounds = np.stack([low, high, -high, -low], axis=1).reshape(-1, 2) + 0.0  # no -0
+        return np.repeat(bounds.T, np.diff(self._starts), axis=1)
+
+    @cached_property
+    def _edges(self) -> tuple[Floats, Floats]:
+        """The magnitudes between which the values of each bin are."""
+        inner, outer = _bin_edges(self._codes)
+        return np.clip(inner, *self._sides), np.clip(outer, *self._sides)
+
+    @cached_property
+    def _centres(self) -> NDArray[np.float32]:
+        """The magnitude that stands for those of each bin."""
+        return np.clip(_bin_centre(self._codes), *self._sides).astype(np.float32)
 
     @cached_property
     def _ranked(self) -> Ranked:
-        centres = [
-            np.clip(_bin_centre(codes), *bounds).astype(np.float32)[None]
-            for codes, bounds in zip(self._codes, self._bounds, strict=True)
-        ]
-        return Ranked(centres, [counts[None] for counts in self._counts])
+        return Ranked.of_sides(self._centres, self._counts, self._starts)
+
+    @cached_property
+    def _ordered(self) -> Ordered:
+        centres, counts = self._centres.astype(np.float64), self._counts.astype(np.float64)
+        groups = []
+        for first in range(0, 2 * self.groups, 2):
+            positive, negative = (slice(*self._starts[n : n + 2]) for n in (first, first + 1))
+            values = np.concatenate([-centres[negative][::-1], centres[positive]])
+            groups.append((values, np.concatenate([counts[negative][::-1], counts[positive]])))
+        return Ordered(groups)
 
     @property
     def _zeroth(self) -> NDArray[np.intp]:
@@ -113,26 +155,19 @@ class Histogram:
 
     @cached_property
     def _cells(self) -> Cells:
-        sides = []
-        for codes, counts, (low, high) in zip(self._codes, self._counts, self._edges, strict=True):
-            first = np.searchsorted(codes, _MINUS_ZERO)
-            sides += [
-                np.stack([-high[first:], -low[first:], counts[first:]]),
-                np.stack([low[:first], high[:first], counts[:first]]),
-            ]
-        return Cells(sides)
+        return Cells(np.stack([*self._edges, self._counts]), self._starts)
 
 
 def _bin_centre(codes: NDArray[np.intp]) -> Floats:
-    return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    magnitude = codes.astype(np.uint32) & np.uint32(0x7FFF)
+    return (magnitude << np.uint32(16)).view(np.float32).astype(np.float64)
 
 
 def _bin_edges(codes: NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """The interval of float32 values counted under each code, lower edge first; ±0 has none."""
-    bits = codes.astype(np.uint32) << np.uint32(16)
-    magnitude = codes & 0x7FFF
-    half = np.where(magnitude == 0, 0, 0x8000).astype(np.uint32)
+    """The magnitudes of float32 values counted under each code, the smallest first; ±0 has none."""
+    magnitude = codes.astype(np.uint32) & np.uint32(0x7FFF)
+    bits = magnitude << np.uint32(16)
+    half = np.where(magnitude == 0, np.uint32(0), np.uint32(0x8000))
     inner = (bits - half).view(np.float32).astype(np.float64)
     outer = (bits + half).view(np.float32).astype(np.float64)
-    outer = np.where(magnitude == _LARGEST_CODE, np.copysign(np.inf, outer), outer)
-    return np.minimum(inner, outer), np.maximum(inner, outer)
+    return inner, np.where(magnitude == _LARGEST_CODE, np.inf, outer)

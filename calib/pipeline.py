@@ -18,16 +18,18 @@ from calib.data import open_data
 from calib.equalizing import file_digest
 from calib.files import whole_file, write_texts, writing
 from calib.graph import Model
+from calib.matmulnbits import in_format
 from calib.observations import Observations
+from calib.packed import verify
 from calib.report.calibrated import calibration_document
 from calib.report.document import figures, number, plain, verdict_facts, versions
 from calib.report.page import render_page
 from calib.resuming import appearing, check_files, observe_split, open_model, saved_observations
-from calib.run import Run, Split
+from calib.run import Run, Split, check_weights_only
 from calib.saving import Quantized, external_files, free_data_name
 from calib.table import CalibrationTable, dumps
 from calib.targets import Rules, make_plan
-from calib.verification import verify
+from calib.verification import Check
 from calib.write import write_qdq
 
 _LOW_SQNR_DB = 10.0
@@ -126,14 +128,18 @@ def calibrate_model(
         loaded = open_model(model, rules, run)
         stage.large = loaded.n_bytes > _LARGE_BYTES
         plan = make_plan(loaded, rules)
+        check_weights_only(rules, run)
         target = Path(output) if output else default_output(loaded, rules)
         check_files([target], loaded, data, run)
         saved = saved_observations(loaded, run)
         split = Split.of(open_data(loaded, data, run.reading), run, saved)
         if rules.bias_correction:
-            check_correctable(split, synthetic=data is None)
+            unseen = saved is not None or rules.weights_only
+            check_correctable(split, made_up=data is None and unseen)
     with stage("observe"):
-        seen = saved or observe_split(loaded, split, plan, rules, halves=run.report is not None)
+        halves = run.report is not None
+        nothing = Observations(loaded.sha256, 0, {}) if rules.weights_only else None
+        seen = saved or nothing or observe_split(loaded, split, plan, rules, halves=halves)
     with stage("calibrate"):
         table = calibrate(loaded, seen, plan, rules)
         table = table.with_manifest(_manifest(table, rules, run, data))
@@ -142,7 +148,8 @@ def calibrate_model(
             table = corrected_on(loaded, table, split)
     with stage("write"):
         quantized = write_qdq(loaded, table)
-    warnings = _no_data(synthetic=data is None, observed=saved is not None)
+    observed = saved is not None or rules.weights_only
+    warnings = _no_data(synthetic=data is None, observed=observed)
     return _Work(loaded, rules, split, seen, quantized, target, stage, warnings).written()
 
 
@@ -179,13 +186,15 @@ class _Work:
         run, split, target = self.split.run, self.split, self.target
         with self.stage("save"), writing(target):
             name = free_data_name(target, [run.summary, run.save_observations, run.report])
-            quantized = self.quantized.write(path, run.external_data, name)
+            quantized = in_format(self.quantized, self.rules.weight_format)
+            quantized = quantized.write(path, run.external_data, name)
         with self.stage("verify"):
-            verify(self.model, quantized, path, split.first_batch(), run.runtime)
+            check = Check(self.model, quantized, path, split.first_batch(), run.runtime)
+            told = verify(check, self.quantized)
         with self.stage("evaluate"):
             comparison = split.compare(self.model, path)
         sizes = self.model.n_bytes, sum(file.stat().st_size for file in path.parent.iterdir())
-        told = *self.model.notes, *quantized.notes, *split.all_notes, *comparison.notes
+        told = *told, *self.model.notes, *quantized.notes, *split.all_notes, *comparison.notes
         return Calibration(
             output=target,
             table=quantized.table,
@@ -254,9 +263,13 @@ def _outputs(target: Path, model: Model, run: Run) -> Iterator[tuple[Path, ExitS
 
 
 def default_output(model: Model, rules: Rules) -> Path:
-    """``<stem>-w4a4.onnx`` beside the model, by its widths."""
+    """``<stem>-w4a4.onnx`` beside the model, by its widths; ``-w4b32.onnx`` with blocks of 32 and
+    float activations."""
     widths = rules.widths
-    return model.path.with_name(f"{model.path.stem}-w{widths.weights}a{widths.activations}.onnx")
+    blocks = "" if rules.block_size is None else f"b{rules.block_size}"
+    activations = "" if widths.activations is None else f"a{widths.activations}"
+    name = f"{model.path.stem}-w{widths.weights}{blocks}{activations}.onnx"
+    return model.path.with_name(name)
 
 
 def _observed_notes(observations: Observations, split: Split) -> Iterator[str]:

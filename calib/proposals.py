@@ -96,6 +96,10 @@ def _yaml(rules: Rules) -> str:
     settings["method"] = rules.method
     if rules.weight_granularity != usual.weight_granularity:
         settings["weight-granularity"] = rules.weight_granularity
+    if rules.activations != usual.activations:
+        settings["activations"] = rules.activations
+    if rules.block_size is not None:
+        settings["block-size"] = rules.block_size
     if rules.reduction.name != usual.reduction.name:
         settings |= {"reduce": rules.reduction.name, "mean-batches": rules.reduction.batches}
     settings |= {"only": selection.only, "exclude": selection.exclude}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cache
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +18,7 @@ HISTOGRAM_BITS = 8
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Of the values with ``|x| > t``: how many there are, and the sum of ``|x|``."""
+    """Of the values beyond a threshold: how many there are, and their sum."""
 
     count: Floats
     sum: Floats
@@ -54,11 +55,21 @@ class Distribution(Protocol):
         """The smallest magnitude that at least a fraction ``q`` of all values do not exceed."""
 
     def tail(self, t: Floats) -> Tail:
-        """Count and sum of the magnitudes strictly above ``t``."""
+        """Count of the values with ``|x| > t``, and the sum of ``|x|``."""
 
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         """The mean squared error of quantizing to ``qtype`` with threshold ``t`` (0: no error
-        is defined, and the mean square is answered)."""
+        is defined, and the mean square is answered). Levels count from the zero point."""
+
+    def extremes(self) -> tuple[Floats, Floats]:
+        """The smallest and the largest value."""
+
+    def signed_quantile(self, q: float) -> Floats:
+        """The smallest value that at least a fraction ``q`` of all values do not exceed."""
+
+    def tails(self, low: Floats, high: Floats) -> tuple[Tail, Tail]:
+        """Count and sum of the values strictly below ``low``, and of those strictly above
+        ``high``, both ``(G,)``."""
 
 
 @runtime_checkable
@@ -71,6 +82,16 @@ class Seeking(Protocol):
 
     def least_mse(self, points: int, qtype: QuantType) -> Floats:
         """What `sweep` finds."""
+
+
+def seeking(dist: Distribution) -> Seeking | None:
+    """``dist`` if it is `Seeking`."""
+    return cast(Seeking, dist) if _seeks(type(dist)) else None
+
+
+@cache  # asking a protocol takes microseconds
+def _seeks(kind: type) -> bool:
+    return issubclass(kind, Seeking)
 
 
 def sweep(dist: Distribution, points: int, qtype: QuantType) -> Floats:

@@ -58,7 +58,7 @@ def quantize(
         granularity: which axis the groups run along.
     """
     with np.errstate(over="ignore"):
-        levels = np.rint(tensor / along_tensor(scale, tensor.ndim, granularity))
+        levels = np.rint(tensor / along_tensor(scale, tensor.shape, granularity))
     integers: NDArray[np.int32] = np.clip(levels, qtype.qmin, qtype.qmax).astype(np.int32)
     return integers
 
@@ -67,7 +67,7 @@ def dequantize(
     integers: NDArray[np.integer], scale: NDArray[np.float32], granularity: Granularity
 ) -> NDArray[np.float32]:
     """``integers · scale`` in float32, shape kept."""
-    return integers.astype(np.float32) * along_tensor(scale, integers.ndim, granularity)
+    return integers.astype(np.float32) * along_tensor(scale, integers.shape, granularity)
 
 
 def fake_quantize(

@@ -24,23 +24,48 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class Ranked:
-    """The magnitudes of ``pieces``, each ``(G, N)``, sorted; of those that stand for ``counts``
-    values, sums count them so often."""
+    """Magnitudes that ascend in each group; of those that stand for ``counts`` values, sums count
+    them so often."""
 
-    def __init__(self, pieces: Sequence[Values], counts: Sequence[NDArray[np.int64]] | None = None):
-        self.starts = starts_of(pieces)
-        self._shapes = [piece.shape for piece in pieces]
+    def __init__(
+        self,
+        magnitude: NDArray[Any],
+        starts: NDArray[np.int64],
+        shapes: Sequence[tuple[int, ...]],
+        counts: NDArray[np.int64] | None = None,
+    ):
+        self.magnitude, self.starts = magnitude, starts
+        self._shapes, self._counts = shapes, counts
         self._known: dict[tuple[str, float], Floats] = {}
-        magnitudes = [np.abs(piece) for piece in pieces]
-        self._counts: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(
+        cls, pieces: Sequence[Values], counts: Sequence[NDArray[np.int64]] | None = None
+    ) -> Ranked:
+        """The magnitudes of ``pieces``, each ``(G, N)``, sorted."""
+        magnitudes, joined_counts = [np.abs(piece) for piece in pieces], None
         if counts is None:
             for magnitude in magnitudes:
                 magnitude.sort(axis=1)
         else:
             orders = [np.argsort(magnitude, axis=1) for magnitude in magnitudes]
             magnitudes = list(map(_taken, magnitudes, orders))
-            self._counts = joined(list(map(_taken, counts, orders)))
-        self.magnitude: NDArray[Any] = joined(magnitudes)
+            joined_counts = joined(list(map(_taken, counts, orders)))
+        shapes = [piece.shape for piece in pieces]
+        return cls(joined(magnitudes), starts_of(pieces), shapes, joined_counts)
+
+    @classmethod
+    def of_sides(
+        cls, magnitude: NDArray[np.float32], counts: NDArray[np.int64], starts: NDArray[np.int64]
+    ) -> Ranked:
+        """Of groups of which each has two sides, that ascend already and begin at ``starts``."""
+        groups = starts[::2]
+        if compiled.enabled():
+            shapes = [(1, n) for n in np.diff(groups).tolist()]
+            ranked, times = _of_both_sides(magnitude, counts, starts)
+            return cls(ranked, groups, shapes, times)
+        pieces = [piece[None] for piece in np.split(magnitude, groups[1:-1])]
+        return cls.of(pieces, [own[None] for own in np.split(counts, groups[1:-1])])
 
     @cached_property
     def length(self) -> Ranks:
@@ -68,7 +93,9 @@ class Ranked:
         return self._from_rank(2)
 
     def _from_rank(self, power: int) -> Floats:
-        if compiled.enabled() and self._counts is None and self.magnitude.dtype == np.float32:
+        if compiled.enabled() and self.magnitude.dtype == np.float32:
+            if self._counts is not None:
+                return _counted_from_rank(self.magnitude, self._counts, self.starts, power)
             return _sums_from_rank(self.magnitude, self.starts, power)
         terms = self.magnitude.astype(np.float64) ** power
         if self._counts is not None:
@@ -207,6 +234,42 @@ def _sums_from_rank(
             total += value if power == 1 else value * value
             sums[at + group] = total
     return sums
+
+
+@kernel()
+def _counted_from_rank(
+    magnitude: NDArray[np.float32], counts: NDArray[np.int64], starts: NDArray[np.int64], power: int
+) -> Floats:
+    groups = starts.size - 1
+    sums = np.empty(magnitude.size + groups)
+    for group in range(groups):
+        total = 0.0
+        sums[starts[group + 1] + group] = total
+        for at in range(starts[group + 1] - 1, starts[group] - 1, -1):
+            value, term = np.float64(magnitude[at]), 1.0
+            for _ in range(power):
+                term *= value
+            total += term * counts[at]
+            sums[at + group] = total
+    return sums
+
+
+@kernel()
+def _of_both_sides(
+    magnitude: NDArray[np.float32], counts: NDArray[np.int64], starts: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Magnitudes of both sides in one order, and their counts."""
+    ranked, times = np.empty_like(magnitude), np.empty_like(counts)
+    for group in range(starts.size // 2):
+        one, other = starts[2 * group], starts[2 * group + 1]
+        middle, last = other, starts[2 * group + 2]
+        for rank in range(one, last):
+            if other == last or (one < middle and magnitude[one] <= magnitude[other]):
+                at, one = one, one + 1
+            else:
+                at, other = other, other + 1
+            ranked[rank], times[rank] = magnitude[at], counts[at]
+    return ranked, times
 
 
 @kernel()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 from calib.errors import OptionError
 
@@ -25,6 +26,7 @@ class Origin:
 
 
 Reader = Callable[[object, str, Origin], object]
+Bits = int | Literal["none"]
 
 
 def expected(where: str, what: str, found: object) -> str:
@@ -35,6 +37,13 @@ def expected(where: str, what: str, found: object) -> str:
 def is_function(data: str) -> bool:
     """Whether it has the form ``package.module:function``; a path might, too."""
     return _FUNCTION.fullmatch(data) is not None and not Path(data).exists()
+
+
+def width_of(bits: Bits | None, usual: int) -> int | None:
+    """A width, ``usual`` where none is set, None where there shall be none."""
+    if bits is None:
+        return usual
+    return None if bits == "none" else bits
 
 
 def _shown(value: object) -> str:
@@ -60,6 +69,17 @@ def _flag(value: object, where: str, _: Origin) -> bool:
 def _whole(value: object, where: str, _: Origin) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise OptionError(expected(where, "a whole number", value))
+    return value
+
+
+def _bits(value: object, where: str, _: Origin) -> Bits:
+    """``4`` or ``none``; YAML reads ``null`` as nothing, which is not it."""
+    if value == "none":
+        return "none"
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(expected(where, "a whole number or none", value))
     return value
 
 
@@ -162,6 +182,7 @@ READERS: Mapping[str, Reader] = {
     "pixel-scale": _fraction,
     "bool": _flag,
     "int": _whole,
+    "Bits": _bits,
     "float": _number,
     "tuple[float, ...]": _numbers,
     "str": _text,

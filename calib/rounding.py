@@ -6,27 +6,31 @@ NumPy does it in float64.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calib.compiled import kernel
+from calib.magnitudes import Singles, Starts, line_weights
 from calib.ranked import Floats
-
-Singles = NDArray[np.float32]
-Starts = NDArray[np.int64]
 
 # Sums may be reordered, but ``x - level·step`` is not one operation: on the grid it is exactly 0.
 _REORDERED: Any = {"reassoc", "nnan", "nsz"}
 _CACHED = 1 << 15  # values
-_A_LEVEL = 8  # as many values are gone through in the time that one takes
-_EDGES, _FEWER_EDGES = 2048, 512
-_NEARLY, _NOISE = 1 + 1e-5, 1e-12
+_EDGES = 2048
+_MASK = _EDGES - 1
+_A_LEVEL = 16  # as many values are gone through in the time that one takes
+_A_RANK = 24  # the same, of a level that is looked up among the ranks
+_A_CALL = 40  # and of beginning
+_NEARLY, _NOISE = 1 + 2e-5, 1e-12
 _TINY = 1e-30  # below, the smallest scale may be larger than the one wanted
 _SMALLEST_STEP = 2.0**-126
 _LARGEST = float(np.finfo(np.float32).max) * (1 - 1e-7)
+
+Places = NDArray[np.uint32]
+Grid = tuple[int, int]
+Given = tuple[float, int, int, int]
 
 
 def units(largest: Floats) -> Singles:
@@ -62,7 +66,7 @@ def plain_least_errors(
     of all groups are one product of matrices."""
     steps, points = grid
     largest = rows[:, -1].astype(np.float64)
-    gains = excess @ _line_weights(steps, points, excess.shape[1] - 1)
+    gains = excess @ line_weights(steps, points, excess.shape[1] - 1)
     bounds = squares[:, None] - largest[:, None] * gains
     bounds[(largest > 0) & (largest < _TINY)] = -np.inf
     best, least = np.full(len(rows), points), np.full(len(rows), np.inf)
@@ -82,60 +86,6 @@ def plain_least_errors(
         better = (error < least[hopeful]) | ((error == least[hopeful]) & (at < best[hopeful]))
         best[hopeful[better]], least[hopeful[better]] = at[better], error[better]
     return best + 1
-
-
-def plain_excesses(rows: Singles, sums: Floats) -> Floats:
-    """As `excesses`, of ``rows`` ``(G, N)`` with their ``sums`` ``(G, N + 1)``: ``(G, m + 1)``."""
-    edges = min(rows.shape[1], _FEWER_EDGES)
-    width = np.where(rows[:, -1:] > 0, rows[:, -1:].astype(np.float64), 1) / edges
-    edge = np.minimum((rows * (1 / width)).astype(np.intp), edges)
-    edge += np.arange(len(rows))[:, None] * (edges + 1)
-    counts = np.bincount(edge.ravel(), minlength=len(rows) * (edges + 1)).reshape(-1, edges + 1)
-    rank = np.cumsum(counts, axis=1) - counts
-    above = rows.shape[1] - rank
-    excess = np.take_along_axis(sums, rank, axis=1)
-    return np.asarray(excess - np.arange(edges + 1) * width * above)
-
-
-@lru_cache(32)
-def _line_weights(steps: int, points: int, edges: int) -> Floats:
-    """What each of the excesses at ``edges`` adds to the gain of each k, ``(edges + 1, points)``,
-    in units of the largest magnitude."""
-    step = np.arange(1, points + 1)[:, None] / (points * steps)
-    boundary = (np.arange(steps) + 0.5) * step * edges
-    edge = boundary.astype(np.intp)
-    column = np.broadcast_to(np.arange(points)[:, None], edge.shape)
-    weights = np.zeros((edges + 1, points))
-    np.add.at(weights, (edge, column), (1 - (boundary - edge)) * 2 * step)
-    np.add.at(weights, (edge + 1, column), (boundary - edge) * 2 * step)
-    return weights
-
-
-@kernel()
-def moments(values: Singles, starts: Starts) -> tuple[Floats, Floats]:
-    """The largest magnitude and the sum of squares of each group, ``(G,)`` each."""
-    largest, squares = np.zeros(starts.size - 1), np.zeros(starts.size - 1)
-    for group in range(largest.size):
-        row = values[starts[group] : starts[group + 1]]
-        largest[group], squares[group] = _largest(row), _square_sum(row)
-    return largest, squares
-
-
-@kernel(fastmath=_REORDERED)
-def _largest(row: Singles) -> np.float32:
-    largest = np.float32(0)
-    for at in range(row.size):
-        largest = max(largest, abs(row[at]))
-    return largest
-
-
-@kernel(fastmath=_REORDERED)
-def _square_sum(row: Singles) -> float:
-    total = 0.0
-    for at in range(row.size):
-        value = np.float64(row[at])
-        total += value * value
-    return total
 
 
 @kernel(fastmath=_REORDERED)
@@ -183,109 +133,147 @@ def squared_errors(
 
 
 @kernel()
-def excesses(magnitude: Singles, sums: Floats, starts: Starts) -> Floats:
-    """For each group the sum of ``|x| - t`` over the magnitudes above ``t = j / m · max|x|``, j =
-    0 … m; m is the number of values, or `_EDGES`. Laid out as ``sums``, see `calib.ranked`."""
-    table, above = np.empty(sums.size), np.empty(_EDGES + 1, np.int64)
-    for group in range(starts.size - 1):
-        row = magnitude[starts[group] : starts[group + 1]]
-        part = slice(starts[group] + group, starts[group + 1] + group + 1)
-        own, total = table[part], sums[part]
-        edges = min(row.size, _EDGES)
-        width = max(np.float64(row[-1]), _TINY) / edges
-        per_width, rank = (1 - 1e-12) / width, np.int64(row.size)
-        above[: edges + 1] = row.size
-        for at in range(row.size - 1, -1, -1):
-            above[int(row[at] * per_width)] = at
-        for edge in range(edges, -1, -1):
-            less = above[edge] - rank
-            rank += less & (less >> 63)  # the minimum, without a branch
-            own[edge] = total[rank] - edge * width * (row.size - rank)
-    return table
-
-
-@kernel()
 def least_errors(
     ranked: tuple[Singles, Floats],
     squares: Floats,
     starts: Starts,
     start: Starts,
-    grid: tuple[int, int],
+    grids: tuple[Starts, int],
 ) -> Starts:
-    """Which of the thresholds ``k / points · max|x|``, k = 1 … points, has the least error on a
-    grid that is symmetric, of several the smallest: k of each group, ``(G,)``.
+    """Which of the thresholds ``k / points · max|x|``, k = 1 … points, has the least error on each
+    of W grids that are symmetric, of several the smallest: k of each group, ``(W, G)``.
 
     Args:
         ranked: magnitudes ``(N,)``, the groups behind one another, ascending in each; and their
-            `excesses`.
+            sums from each rank on, see `calib.ranked`.
         squares: the sum of squares of each group, ``(G,)``.
         starts: where they begin, ``(G + 1,)``.
-        start: the k to begin with, ``(G,)``: the better, the sooner the others are ruled out.
-        grid: its steps, and points.
+        start: the k to begin with, ``(W, G)``: the better, the sooner the others are ruled out.
+        grids: their steps, ``(W,)``, and points.
     """
-    magnitude, table = ranked
-    best, bounds = np.empty(start.size, np.int64), np.empty(grid[1] + 1)
-    for group in range(start.size):
+    (magnitude, sums), (steps, points) = ranked, grids
+    best = np.empty_like(start)
+    tables, places = np.empty((2, _EDGES + 1)), np.empty(_EDGES + 1, np.uint32)
+    for group in range(squares.size):
         first, last = starts[group], starts[group + 1]
-        row = magnitude[first:last]
-        if _A_LEVEL * grid[0] <= row.size and row[-1] > _TINY:
-            excess = table[first + group : first + group + min(row.size, _EDGES) + 1]
-            best[group] = _least_bounded(bounds, row, excess, squares[group], grid[0])
-        else:
-            best[group] = _least_error(row, start[group], grid)
+        row, total = magnitude[first:last], sums[first + group : last + group + 1]
+        table, above = tables[:, : min(row.size, _EDGES) + 1], places[: min(row.size, _EDGES) + 1]
+        most = row.size // _A_LEVEL if row[-1] > _TINY else 0
+        if most >= steps.min():
+            _excesses(row, total, table, above)
+        for width in range(steps.size):
+            k = start[width, group]
+            if steps[width] <= most:
+                given = squares[group], k, steps[width], points
+                best[width, group] = _least_bounded(row, total, table, above, given)
+            else:
+                best[width, group] = _least_error(row, k, (steps[width], points))
     return best
 
 
 @kernel()
-def _least_bounded(bounds: Floats, row: Singles, excess: Floats, square: float, steps: int) -> int:
-    """The k with the least error, of several the smallest; only what ``bounds``, which are set
-    here, do not rule out is gone through."""
-    lowest, clipped = _bound(bounds, excess, steps, np.float64(row[-1]), square)
-    grid, best, least = (steps, bounds.size - 1), 0, np.inf
-    for _ in range(bounds.size):
-        k = lowest + int(np.argmin(bounds[lowest:]))
-        if bounds[k] > least * _NEARLY + square * _NOISE:
+def _excesses(row: Singles, total: Floats, table: Floats, above: Places) -> None:
+    """Sets the sums of ``x - t`` over the values above ``t = j / m · max x``, j = 0 … m, and
+    how much each is less than the next; and the ranks of the first of these values."""
+    excess, slope = table[0], table[1]
+    edges, after = excess.size - 1, 0.0
+    width = np.float64(row[-1]) / edges
+    per_width, rank = (1 - 1e-12) / width, np.int64(row.size)
+    above[:] = row.size
+    for at in range(row.size - 1, -1, -1):
+        above[int(row[at] * per_width)] = at
+    for edge in range(edges, -1, -1):
+        less = np.int64(above[edge]) - rank
+        rank += less & (less >> 63)  # the minimum, without a branch
+        above[edge] = rank
+        excess[edge] = total[rank] - edge * width * (row.size - rank)
+        slope[edge] = after - excess[edge]
+        after = excess[edge]
+
+
+@kernel()
+def _least_bounded(row: Singles, total: Floats, table: Floats, places: Places, given: Given) -> int:
+    """The k with the least error, of several the smallest: from the largest down, until what is
+    clipped is more; only what bounds do not rule out is measured.
+
+    Where levels are few, the error is that of the ranks, and values are only gone through where
+    two are too close to tell.
+    """
+    square, best, steps, points = given
+    excess, slope = table[0], table[1]
+    by_ranks, edges = _A_RANK * steps <= row.size + _A_CALL, excess.size - 1
+    noise = square * max(_NOISE, row.size * 1e-16)
+    largest, per_k = np.float64(row[-1]), edges / points
+    less = 4 * largest / points
+    least = _measured(best, row, total, places, (square, steps, points, edges, np.inf))
+    clipped, second, start = 0.0, np.inf, best
+    for top in range(points, 0, -4):
+        enough = least * _NEARLY + noise
+        for k in range(top, max(top - 4, 0), -1):
+            step = k / (points * steps)
+            bound = square - 2 * largest * step * _gain(excess, slope, step * edges, steps)
+            if bound > enough or k == start:
+                continue
+            error = _measured(k, row, total, places, (square, steps, points, edges, least))
+            second = min(second, max(error, least))
+            if error < least or (error == least and k < best):
+                best, least = k, error
+        # Four thresholds further, what is clipped has grown by this at least.
+        edge = min(int(top * per_k) + 1, edges)
+        clipped += less * (2 * excess[edge] + less * (row.size - places[edge]))
+        if clipped > enough:
             break
-        bounds[k] = np.inf
-        error = _error_at(k, row, grid, least)
-        if error < least or (error == least and k < best):
-            best, least = k, error
-    if lowest > 1 and clipped <= least * _NEARLY:  # lower ones were left out too soon
-        return _least_error(row, best, grid)
+    if by_ranks and second <= least * _NEARLY + noise:
+        return _least_error(row, best, (steps, points))
     return best
 
 
-@kernel()
-def _bound(
-    bounds: Floats, excess: Floats, steps: int, largest: float, square: float
-) -> tuple[int, float]:
-    """Sets lower bounds of the squared errors of k = ``points`` downward, until what is clipped is
-    twice the least bound. Returns the last k, and what it clips at least.
+@kernel(fastmath=_REORDERED)
+def _gain(excess: Floats, slope: Floats, step: float, steps: int) -> float:
+    """What all levels gain at most over the ones below, over ``2·step``, in edges as ``step`` is.
 
     By the formula of `calib.cells`: the sum of excesses lies below the line from one of ``excess``
     to the next. It takes a look-up for each level, however many values there are.
     """
-    points, edges = bounds.size - 1, excess.size - 1
-    clipped, least = 0.0, square
-    for k in range(points, 0, -1):
-        step = k / (points * steps)
-        gain = 0.0
-        for level in range(steps):
-            boundary = (level + 0.5) * step * edges
-            edge = int(boundary)
-            low, high = excess[edge], excess[edge + 1]
-            gain += low + (boundary - edge) * (high - low)
-        bounds[k] = square - 2 * step * largest * gain
-        least = min(least, bounds[k])
-        if clipped > 2 * least:
-            return k, clipped
-        # From one threshold to the next, what is clipped grows by this at least.
-        clipped += 2 * largest / points * excess[min(k * edges // points + 1, edges)]
-    return 1, clipped
+    total = 0.0
+    for level in range(np.int32(steps)):
+        boundary = (np.float64(level) + 0.5) * step
+        edge = np.intp(np.int32(boundary))
+        # The mask changes nothing, but says that it is not negative: then it is vectorized.
+        total += excess[edge & _MASK] + (boundary - edge) * slope[edge & _MASK]
+    return total
 
 
 @kernel()
-def _error_at(k: int, row: Singles, grid: tuple[int, int], enough: float) -> float:
+def _measured(
+    k: int, row: Singles, total: Floats, places: Places, given: tuple[float, int, int, int, float]
+) -> float:
+    """The squared error of k, by whichever way is faster."""
+    square, steps, points, edges, enough = given
+    if _A_RANK * steps > row.size + _A_CALL:
+        return _error_at(k, row, (steps, points), enough)
+    largest = np.float64(row[-1])
+    threshold = k / points * largest / steps
+    step = np.float64(np.float32(min(max(threshold, _SMALLEST_STEP), _LARGEST / steps)))
+    gain, per_width = 0.0, edges / largest
+    for level in range(steps):
+        boundary = (level + 0.5) * step
+        edge = min(int(boundary * per_width), edges - 1)
+        rank, last = np.int64(places[edge]), np.int64(places[edge + 1])
+        while last - rank > 8:
+            middle = (rank + last) // 2
+            if row[middle] <= boundary:
+                rank = middle + 1
+            else:
+                last = middle
+        while rank < last and row[rank] <= boundary:
+            rank += 1
+        gain += total[rank] - boundary * (row.size - rank)
+    return square - 2 * step * gain
+
+
+@kernel()
+def _error_at(k: int, row: Singles, grid: Grid, enough: float) -> float:
     largest = np.float64(row[-1])
     unit = np.float32(1 / min(max(largest, 1e-36), 1e36))
     limits = grid[0], unit, enough * np.float64(unit) ** 2
@@ -294,7 +282,7 @@ def _error_at(k: int, row: Singles, grid: tuple[int, int], enough: float) -> flo
 
 
 @kernel()
-def _least_error(row: Singles, start: int, grid: tuple[int, int]) -> int:
+def _least_error(row: Singles, start: int, grid: Grid) -> int:
     points, largest = grid[1], np.float64(row[-1])
     unit = np.float32(1 / min(max(largest, 1e-36), 1e36))
     best, inside = start, row.size

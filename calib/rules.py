@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from calib.blocks import check_blocks, check_operator
 from calib.calibrators import make
 from calib.errors import OptionError
 from calib.graph import Kind, Use
@@ -13,6 +14,7 @@ from calib.qtypes import check_width
 
 KINDS = ("weight", "activation")
 WEIGHT_GRANULARITIES = ("per-channel", "per-tensor")
+GRIDS = ("symmetric", "asymmetric", "auto")
 REDUCTIONS = ("pool", "mean")
 
 
@@ -47,25 +49,38 @@ class Selection:
 class Widths:
     """Bits of weights, of activations, and of both in the first and last weighted layers.
 
-    ``edge`` None: 8, or the width of the rest where that is more.
+    ``edge`` None: 8, or the width of the rest where that is more. ``activations`` None: these stay
+    float, only weights are quantized.
 
     Raises:
         OptionError: if one is not 2 to 8 or 16.
     """
 
     weights: int = 8
-    activations: int = 8
+    activations: int | None = 8
     edge: int | None = None
 
     def __post_init__(self) -> None:
         check_width(self.weights, "weight-bits")
-        check_width(self.activations, "activation-bits")
+        if self.activations is not None:
+            check_width(self.activations, "activation-bits")
         if self.edge is not None:
             check_width(self.edge, "edge-bits")
 
+    @property
+    def widest(self) -> int:
+        """That of the kind of tensors that has more bits."""
+        return max(self.weights, self.activations or 0)
+
     def of(self, kind: Kind, edge: bool) -> int:
-        """The bits of a tensor of that kind, used by an edge layer or not."""
+        """The bits of a tensor of that kind, used by an edge layer or not.
+
+        Raises:
+            ValueError: for an activation that stays float.
+        """
         bits = self.weights if kind == "weight" else self.activations
+        if bits is None:
+            raise ValueError("activations have no width: they stay float")
         if not edge:
             return bits
         return max(8, bits) if self.edge is None else self.edge
@@ -151,9 +166,15 @@ class Rules:
         method: calibrator, as `calib.calibrators.make` reads it.
         weight_method: another one for weights; None for the same.
         weight_granularity: ``per-channel`` or ``per-tensor``.
+        block_size: so many weights of a MatMul or Gemm, along its input axis, share a threshold;
+            None for whole channels.
+        weight_format: how blocks are written: ``qdq``, or as onnxruntime's own operator
+            ``matmulnbits`` or ``matmulnbits-int8``, see `calib.matmulnbits`.
         reduction: of activations over batches.
         selection: which uses of tensors are quantized at all.
         overrides: for single tensors; of those that match, the first decides.
+        activations: their grids: ``symmetric``, ``asymmetric``, or ``auto``: with a zero point
+            where that lowers the error.
         bias_correction: whether the mean error of each output channel goes into the bias.
         equalize: whether weights of layers that follow each other are balanced first.
 
@@ -165,16 +186,41 @@ class Rules:
     method: str = "octav"
     weight_method: str | None = None
     weight_granularity: str = "per-channel"
+    block_size: int | None = None
+    weight_format: str = "qdq"
     reduction: Reduction = field(default_factory=Reduction)
     selection: Selection = field(default_factory=Selection)
     overrides: tuple[TensorRule, ...] = ()
+    activations: str = "symmetric"
     bias_correction: bool = False
     equalize: bool = False
 
     def __post_init__(self) -> None:
+        if self.activations not in GRIDS:
+            raise OptionError(f"activations must be {_or(GRIDS)}, got {self.activations!r}")
         _check_granularity("weight-granularity", self.weight_granularity)
+        check_blocks(self.block_size, self.weight_format, self.weight_granularity)
+        check_operator(self.weight_format, self.widths.weights, self.widths.activations)
+        if self.weights_only:
+            self._check_weights_only()
         make(self.method)
         make(self.method_for("weight"))
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether activations stay float."""
+        return self.widths.activations is None
+
+    def _check_weights_only(self) -> None:
+        """Raises `OptionError` for a setting that is about activations."""
+        what = "is about activations, which activation-bits none keeps float: leave one of them out"
+        if self.reduction.name != "pool":
+            raise OptionError(f"reduce {self.reduction.name} {what}")
+        if self.activations != "symmetric":
+            raise OptionError(f"activations {self.activations} {what}")
+        for number, rule in enumerate(self.overrides):
+            if rule.kind == "activation":
+                raise OptionError(f"rules[{number}] {what}")
 
     def method_for(self, kind: Kind) -> str:
         """The calibrator of tensors of that kind."""
@@ -191,6 +237,10 @@ def _check_pattern(what: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise OptionError(f"{what}: {pattern!r} is no regular expression: {error}") from None
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _check_granularity(what: str, granularity: str) -> None:

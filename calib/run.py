@@ -21,6 +21,7 @@ from calib.iterables import Batches
 from calib.metric import load_metric, score
 from calib.observations import Observations
 from calib.progress import Progress, silent
+from calib.rules import Rules
 
 EXTERNAL_DATA = ("auto", "always", "never")
 
@@ -107,6 +108,17 @@ class Run:
     def on_workers(self) -> bool:
         """Whether other processes observe."""
         return self.workers is not None or self.scheduler is not None
+
+
+def check_weights_only(rules: Rules, run: Run) -> None:
+    """Raises `OptionError` if ``run`` is to observe in some way what ``rules`` keep float."""
+    names = ("padding_mask", "observations", "save_observations", "max_memory")
+    for name in (*names, "workers", "scheduler"):
+        if rules.weights_only and getattr(run, name) is not None:
+            raise OptionError(
+                f"{name.replace('_', '-')} is about observing activations, which activation-bits "
+                f"none keeps float: leave one of them out"
+            )
 
 
 @dataclass(slots=True)

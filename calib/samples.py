@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 
 from calib import compiled
 from calib.granularity import PerChannel
+from calib.magnitudes import moments, plain_excesses
+from calib.ordered import Ordered
 from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.ranked import Floats, Ranked, joined, starts_of
 from calib.rounding import (
-    excesses,
     least_errors,
-    moments,
-    plain_excesses,
     plain_least_errors,
     plain_squared_errors,
     squared_errors,
@@ -37,6 +36,8 @@ class Samples:
         self._values = values
         self._more: tuple[NDArray[np.floating], ...] = ()
         self._counts = counts
+        self._expected: tuple[tuple[int, QuantType], ...] = ()
+        self._swept: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     @classmethod
     def stacked(cls, pieces: Sequence[NDArray[np.floating]]) -> Samples:
@@ -49,7 +50,7 @@ class Samples:
     def _pieces(self) -> tuple[NDArray[np.floating], ...]:
         return (self._values, *self._more)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         return sum(piece.shape[0] for piece in self._pieces)
 
@@ -78,6 +79,17 @@ class Samples:
     def tail(self, t: Floats) -> Tail:
         return Tail(*self._ranked.tail(t))
 
+    def extremes(self) -> tuple[Floats, Floats]:
+        low = [piece.min(axis=1) for piece in self._pieces]
+        high = [piece.max(axis=1) for piece in self._pieces]
+        return np.concatenate(low).astype(np.float64), np.concatenate(high).astype(np.float64)
+
+    def signed_quantile(self, q: float) -> Floats:
+        return self._ordered.quantile(q)
+
+    def tails(self, low: Floats, high: Floats) -> tuple[Tail, Tail]:
+        return Tail(*self._ordered.below(low)), Tail(*self._ordered.above(high))
+
     def squared_excess(self, t: Floats) -> Floats:
         """The sum of ``(|x| - t)²`` over the magnitudes above ``t``."""
         return self._ranked.squared_excess(t)
@@ -86,21 +98,43 @@ class Samples:
         """See `Seeking`."""
         return self._ranked.fixed_point(noise)
 
+    def expect(self, sweeps: Iterable[tuple[int, QuantType]]) -> None:
+        """Says that `least_mse` of these is to be asked for: all are found in one pass."""
+        self._expected = tuple(sweeps)
+
     def least_mse(self, points: int, qtype: QuantType) -> Floats:
         """See `Seeking`."""
-        if not (self._single(qtype) and (qtype.narrow or not self.has_negative)):
+        if not self._seeks(qtype):
             return sweep(self, points, qtype)
+        if (points, qtype.steps) not in self._swept:
+            if compiled.enabled():
+                self._sweep(points, qtype)
+            else:
+                self._plainly_sweep(points, qtype)
+        return self._swept[points, qtype.steps] / points * self._moments[0]
+
+    def _seeks(self, qtype: QuantType) -> bool:
+        """Whether the grid is symmetric for these values, and float32 exact enough."""
+        return self._single(qtype) and (qtype.narrow or not self.has_negative)
+
+    def _sweep(self, points: int, qtype: QuantType) -> None:
+        also = (other for n, other in self._expected if n == points and self._seeks(other))
+        grids = {each.steps: each.rounding_noise for each in (qtype, *also)}
         largest, squares = self._moments
-        grid, best = (qtype.steps, points), np.empty(self.groups, np.int64)
-        if compiled.enabled():
-            guess = self.fixed_point(qtype.rounding_noise) / np.where(largest > 0, largest, 1)
-            start = np.clip(np.rint(guess * points), 1, points).astype(np.int64)
-            table = self._ranked.magnitude, self._excesses
-            best = least_errors(table, squares, self._starts, start, grid)
-        else:
-            for groups, rows, excess in self._by_length:
-                best[groups] = plain_least_errors(rows, excess, squares[groups], grid)
-        return best / points * largest
+        guess = np.stack([self.fixed_point(noise) for noise in grids.values()])
+        guess /= np.where(largest > 0, largest, 1)
+        start = np.clip(np.rint(guess * points), 1, points).astype(np.int64)
+        ranked = self._ranked.magnitude, self._ranked.sum
+        steps = np.array([*grids], np.int64)
+        best = least_errors(ranked, squares, self._starts, start, (steps, points))
+        self._swept.update(zip(((points, n) for n in grids), best, strict=True))
+
+    def _plainly_sweep(self, points: int, qtype: QuantType) -> None:
+        best, squares = np.empty(self.groups, np.int64), self._moments[1]
+        for groups, rows, excess in self._by_length:
+            grid = qtype.steps, points
+            best[groups] = plain_least_errors(rows, excess, squares[groups], grid)
+        self._swept[points, qtype.steps] = best
 
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         thresholds = np.asarray(t, np.float64).reshape(-1, self.groups)
@@ -140,9 +174,13 @@ class Samples:
 
     def _single(self, qtype: QuantType | None = None) -> bool:
         """Whether float32 is exact enough; above 8 bits it is too coarse for errors."""
-        single = all(piece.dtype == np.float32 for piece in self._pieces)
         narrow = qtype is None or qtype.bits <= HISTOGRAM_BITS
-        return single and self._counts is None and narrow
+        return narrow and self._of_singles
+
+    @cached_property
+    def _of_singles(self) -> bool:
+        single = all(piece.dtype == np.float32 for piece in self._pieces)
+        return single and self._counts is None
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
@@ -165,10 +203,6 @@ class Samples:
         )
 
     @cached_property
-    def _excesses(self) -> Floats:
-        return excesses(self._ranked.magnitude, self._ranked.sum, self._starts)
-
-    @cached_property
     def _by_length(self) -> list[tuple[NDArray[np.intp], NDArray[np.float32], Floats]]:
         """Groups that are as long, their magnitudes ``(G, N)`` and the excesses of these."""
         ranked, found = self._ranked, []
@@ -181,5 +215,12 @@ class Samples:
         return found
 
     @cached_property
+    def _ordered(self) -> Ordered:
+        rows = [row for piece in self._pieces for row in piece.astype(np.float64)]
+        times = [np.ones(row.size) for row in rows] if self._counts is None else self._counts
+        orders = map(np.argsort, rows)
+        return Ordered([(r[o], t[o]) for r, t, o in zip(rows, times, orders, strict=True)])
+
+    @cached_property
     def _ranked(self) -> Ranked:
-        return Ranked(self._pieces, None if self._counts is None else [self._counts])
+        return Ranked.of(self._pieces, None if self._counts is None else [self._counts])

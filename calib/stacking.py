@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.calibrators import Calibrator, Flags, mended_thresholds, notes_on
+from calib.calibrators.mse import Mse
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
 from calib.qtypes import QuantType
@@ -96,6 +97,8 @@ def of_values(
         CalibratorError: see `mended_thresholds`.
     """
     dist = Samples.stacked(pieces)
+    sweeps = ((each.calibrator, each.qtype) for each in asked)
+    dist.expect((mse.points, qtype) for mse, qtype in sweeps if isinstance(mse, Mse))
     found = [_asked(dist, each) for each in asked]
     return _measured(dist, [len(piece) for piece in pieces], asked, found, dtype)
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnxscript import version_converter
 
 from calib.errors import ModelError, one_line
+from calib.granularity import Blocked
 from calib.prepare import QUANTIZABLE_OPS, is_constant
 from calib.qtypes import Storage
 from calib.table import CalibrationTable, TensorRecord
@@ -18,6 +19,7 @@ _PASSED = (
     *("Slice", "Split", "Gather", "Tile", "MaxPool", "Resize", "DepthToSpace", "SpaceToDepth"),
 )
 _LAST_OPSET_OF_OLD_RESIZE = 10
+_OPSET_OF_BLOCKS = 21
 _FLOAT16_OPSET = 19  # the first whose QuantizeLinear and DequantizeLinear take float16
 
 
@@ -117,7 +119,7 @@ def raise_opset(
     if before >= needed:
         return ()
     names = ", ".join(sorted({s.name for s in storages.values() if s.opset == needed}))
-    names = names or "float16"
+    names = names or ("blocks" if _has_blocks(table) else "float16")
     read = _read_by_layers(model, table)
     logger = logging.getLogger("onnxscript.version_converter")
     silenced, logger.disabled = logger.disabled, True  # our note says all that it warns of
@@ -173,4 +175,9 @@ def _needed_opset(table: CalibrationTable, storages: dict[str, Storage]) -> int:
     """The lowest opset that has all that the table's QDQ pairs need; 0 for an empty table."""
     opsets = [storage.opset for storage in storages.values()]
     half = any(record.spec.dtype == "float16" for record in table.records)
-    return max([*opsets, _FLOAT16_OPSET if half else 0])
+    blocks = _OPSET_OF_BLOCKS if _has_blocks(table) else 0
+    return max([*opsets, _FLOAT16_OPSET if half else 0, blocks])
+
+
+def _has_blocks(table: CalibrationTable) -> bool:
+    return any(isinstance(record.spec.granularity, Blocked) for record in table.records)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from calib.calibrators import make
 from calib.comparison import Comparison
 from calib.confidence import Confidence
-from calib.curves import Profile
+from calib.curves import Profile, profiles
 from calib.errors import OptionError
 from calib.graph import Model
 from calib.observations import Observations
@@ -164,6 +164,16 @@ def wide_bits(bits: int) -> int:
     return _WIDE_BITS if bits < _WIDE_BITS else _WIDEST_BITS
 
 
+def comparable(rules: Rules) -> Rules:
+    """``rules``; raises `OptionError` where they leave methods nothing but weights to differ on."""
+    if rules.weights_only:
+        raise OptionError(
+            "activation-bits none: methods are compared on weights and activations together; "
+            "leave it out here, or compare runs of octav-calibrate with it"
+        )
+    return rules
+
+
 def widened(rules: Rules, bits: int) -> Rules:
     """The rules with every tensor at ``bits`` at least."""
     edge = None if rules.widths.edge is None else max(bits, rules.widths.edge)
@@ -182,3 +192,13 @@ def gain(sqnr_db: float | None, base_db: float | None) -> float | None:
     if sqnr_db is None or base_db is None:
         return None
     return sqnr_db - base_db if sqnr_db != base_db else 0.0  # both may be infinite
+
+
+def profiled(model: Model, observations: Observations, rows: tuple[Row, ...]) -> Iterator[Profile]:
+    """Every tensor at the widths that it has in any row: first and last layers have their own."""
+    widths: dict[str, set[int]] = {}
+    for row in rows:
+        for record in row.table.records:
+            widths.setdefault(record.name, set()).add(record.qtype.bits)
+    for record in rows[0].table.records:
+        yield from profiles(model, observations, [record.spec], sorted(widths[record.name]))

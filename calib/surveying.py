@@ -13,7 +13,6 @@ from calib.arrays import Batch
 from calib.calibration import calibrate, calibrate_each
 from calib.confidence import Confidence, confidence
 from calib.correcting import check_correctable, corrected_on
-from calib.curves import Profile, profiles
 from calib.data import open_data
 from calib.errors import CalibratorError, ModelError, OptionError, VerificationError
 from calib.graph import Model
@@ -27,7 +26,18 @@ from calib.rules import Rules, Widths
 from calib.run import Run, Split
 from calib.saving import size_ratio
 from calib.sensitivity import Sensitivity, sensitivity
-from calib.survey import Candidates, Measured, Row, Survey, detailed, wide_bits, widened, with_gains
+from calib.survey import (
+    Candidates,
+    Measured,
+    Row,
+    Survey,
+    comparable,
+    detailed,
+    profiled,
+    wide_bits,
+    widened,
+    with_gains,
+)
 from calib.switchable import Switchable
 from calib.table import CalibrationTable
 from calib.targets import Plan, make_plan
@@ -68,7 +78,7 @@ def compare_methods(
     with job.stage("calibrate"):
         rows = job.calibrated(loaded, seen, plan.activations)
     with job.stage("profile"):
-        shapes = tuple(_profiled(loaded, seen, rows))
+        shapes = tuple(profiled(loaded, seen, rows))
         sure = job.confidence(loaded, seen)
     with _reference(loaded, split) as reference:
         with job.stage("evaluate"):
@@ -108,16 +118,6 @@ def _reference(model: Model, split: Split) -> Reference:
     return Reference(model, batches, run.runtime, metric=run.metric, first=first)
 
 
-def _profiled(model: Model, observations: Observations, rows: tuple[Row, ...]) -> Iterator[Profile]:
-    """Every tensor at the widths that it has in any row: first and last layers have their own."""
-    widths: dict[str, set[int]] = {}
-    for row in rows:
-        for record in row.table.records:
-            widths.setdefault(record.name, set()).add(record.qtype.bits)
-    for record in rows[0].table.records:
-        yield from profiles(model, observations, [record.spec], sorted(widths[record.name]))
-
-
 def _compared(model: Model, row: Row, reference: Reference, split: Split | None) -> Row:
     """``row`` with what its model does to the outputs, and how large that is; its biases are
     corrected first on the samples of ``split``."""
@@ -132,7 +132,7 @@ class _Job:
     """What the stages of one survey share."""
 
     def __init__(self, candidates: Candidates, rules: Rules, run: Run):
-        self.candidates, self.rules, self.run = candidates, rules, run
+        self.candidates, self.rules, self.run = candidates, comparable(rules), run
         self.split: Split | None = None
         self.lowest = rules  # what the details are about, once it is known which methods work
         self.notes: list[str] = []
@@ -150,7 +150,8 @@ class _Job:
             raise OptionError("with-onnxruntime needs data that can be gone through again")
         self.split = Split.of(source, self.run, saved)
         if self.rules.bias_correction:
-            check_correctable(self.split, synthetic=data is None)
+            unseen = saved is not None or self.rules.weights_only
+            check_correctable(self.split, made_up=data is None and unseen)
         return model, saved, self.split, make_plan(model, self.rules)
 
     def halved(self, model: Model, data: object) -> Split:

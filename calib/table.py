@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from calib.distribution import Floats
 from calib.errors import ModelError
-from calib.granularity import PerTensor
+from calib.granularity import PerChannel, PerTensor
 from calib.graph import Model, Skipped
 from calib.qtypes import QuantType
 from calib.targets import TensorSpec
@@ -51,9 +51,8 @@ class TensorRecord:
         return self.spec.name
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; per-channel vectors as lists."""
-        per_tensor = isinstance(self.spec.granularity, PerTensor)
-        threshold, scale = self.threshold.tolist(), self.scale.tolist()
+        """Plain values; per-channel vectors as lists, of blocks, which may be millions, the
+        number, the least and the largest."""
         return {
             "name": self.name,
             "kind": self.spec.kind,
@@ -62,8 +61,8 @@ class TensorRecord:
             "bits": self.qtype.bits,
             "signed": self.qtype.signed,
             "granularity": str(self.spec.granularity),
-            "threshold": threshold[0] if per_tensor else threshold,
-            "scale": scale[0] if per_tensor else scale,
+            "threshold": self._plain(self.threshold),
+            "scale": self._plain(self.scale),
             "zero_point": self.qtype.zero_point,
             "max_abs": self.max_abs,
             "count": self.count,
@@ -71,6 +70,14 @@ class TensorRecord:
             "consumers": list(self.spec.consumers),
             "notes": list(self.notes),
         }
+
+    def _plain(self, per_group: NDArray[np.floating]) -> object:
+        if isinstance(self.spec.granularity, PerTensor):
+            return float(per_group[0])
+        if isinstance(self.spec.granularity, PerChannel):
+            return per_group.tolist()
+        ends = {"min": float(per_group.min()), "max": float(per_group.max())}
+        return {"blocks": per_group.size, **ends}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from calib.errors import ModelError, OptionError, one_line
-from calib.granularity import Granularity, PerTensor
+from calib.granularity import Blocked, Granularity, PerTensor
 from calib.graph import Kind, Model, Skipped, Use, quantizable_uses
 from calib.prepare import QUANTIZABLE_OPS
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths, found
@@ -26,7 +26,8 @@ _FINITE: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to quantize: one QDQ pair, shared by all its ``consumers`` (node names), with a
-    threshold of the calibrator that ``method`` names."""
+    threshold of the calibrator that ``method`` names. ``grid``: of an activation, ``symmetric``,
+    ``asymmetric``, or ``auto``: what has the smaller error."""
 
     name: str
     kind: Kind
@@ -36,6 +37,7 @@ class TensorSpec:
     method: str = "octav"
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
+    grid: str = "symmetric"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +73,54 @@ def make_plan(model: Model, rules: Rules) -> Plan:
     chosen: dict[str, list[Use]] = {}
     left_out: list[Skipped] = []
     for use in uses:
+        if rules.weights_only and use.kind == "activation":
+            continue
         reason = _reason_against(use, rules)
         if reason is None:
             chosen.setdefault(use.tensor, []).append(use)
         else:
             left_out.append(Skipped(f"{use.tensor} of {use.node}", reason))
+    if rules.weights_only and all(use.kind == "activation" for use in uses):
+        raise OptionError(
+            f"{model.path}: activation-bits none leaves nothing to quantize: none of its "
+            f"{len(uses)} quantizable tensors is a weight"
+        )
     if not chosen:
         last = ", --op-types and rules" if rules.overrides else " and --op-types"
         raise OptionError(f"nothing left to quantize: --only, --exclude{last} leave none")
     specs = tuple(_merge(group, rules) for group in chosen.values())
     _check_finite(model, [spec.name for spec in specs if spec.kind == "weight"])
-    return Plan(specs, (*left_out, *skipped))
+    if rules.block_size is not None:
+        _check_blocks(model, specs, rules.block_size)
+    return Plan(specs, (*left_out, *_without_weights(uses, rules), *skipped))
+
+
+def _without_weights(uses: tuple[Use, ...], rules: Rules) -> list[Skipped]:
+    """Layers that stay float as only weights are quantized, and they have none."""
+    weighted = {use.node for use in uses if use.kind == "weight"}
+    nodes = dict.fromkeys(use.node for use in uses if use.node not in weighted)
+    reason = "it has no weight, and activation-bits is none"
+    return [Skipped(node, reason) for node in nodes] if rules.weights_only else []
+
+
+def _check_blocks(model: Model, specs: tuple[TensorSpec, ...], size: int) -> None:
+    """Raises `OptionError` if no weight has blocks, or none has more than one."""
+    cut = [spec for spec in specs if isinstance(spec.granularity, Blocked)]
+    if not cut:
+        raise OptionError(
+            f"block-size {size}: no weight of a MatMul or Gemm is quantized, and no other can have "
+            f"blocks; leave it out, the weights of Conv have a scale a channel"
+        )
+    longest = max(
+        spec.granularity.length(model.weight(spec.name).shape)
+        for spec in cut
+        if isinstance(spec.granularity, Blocked)
+    )
+    if longest <= size:
+        raise OptionError(
+            f"block-size {size}: no weight has more than {longest} values along its input axis, so "
+            f"blocks would be whole channels: choose less, or leave it out"
+        )
 
 
 def _check_finite(model: Model, weights: list[str]) -> None:
@@ -128,15 +167,7 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
     kind = uses[0].kind
     rule = _rule_for(uses, rules) or TensorRule("")
     bits = rule.bits or max(rules.widths.of(kind, use.edge) for use in uses)
-    granularity: Granularity = PerTensor()
-    notes: tuple[str, ...] = ()
-    fineness = rule.granularity or rules.weight_granularity
-    if kind == "weight" and fineness == "per-channel":
-        wanted = {use.granularity for use in uses}
-        if len(wanted) == 1:
-            granularity = wanted.pop()
-        else:
-            notes = ("per-tensor: its consumers want channels along different axes",)
+    granularity, notes = _granularity(uses, rules, rule)
     return TensorSpec(
         uses[0].tensor,
         kind,
@@ -146,4 +177,26 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
         method=rule.method or rules.method_for(kind),
         dtype=uses[0].dtype,
         notes=notes,
+        grid=rules.activations if kind == "activation" else "symmetric",
     )
+
+
+def _granularity(
+    uses: list[Use], rules: Rules, rule: TensorRule
+) -> tuple[Granularity, tuple[str, ...]]:
+    """Of a tensor, and what is to be said of it."""
+    if uses[0].kind == "activation":
+        return PerTensor(), ()
+    axes = {use.inputs for use in uses}
+    axis = axes.pop() if len(axes) == 1 else None
+    notes = list[str]()
+    if rules.block_size is not None:
+        if axis is not None and rule.granularity is None:
+            return Blocked(axis, rules.block_size), ()
+        notes.append("no blocks: only a weight that MatMul or Gemm reads along one axis has any")
+    if (rule.granularity or rules.weight_granularity) == "per-channel":
+        wanted = {use.granularity for use in uses}
+        if len(wanted) == 1:
+            return wanted.pop(), tuple(notes)
+        notes.append("per-tensor: its consumers want channels along different axes")
+    return PerTensor(), tuple(notes)

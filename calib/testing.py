@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.calibrators import Calibrator
+from calib.calibrators import Calibrator, TwoSided
 from calib.counter import Counter
 from calib.distribution import Distribution, Floats, Histogram, Samples
 from calib.qtypes import QuantType
@@ -147,6 +147,27 @@ def check_same_input_gives_the_same_threshold(calibrator: Calibrator) -> None:
         assert np.array_equal(first, second), f"two calls at {qtype}: {first} and {second}"
 
 
+def check_two_thresholds_are_sound(calibrator: Calibrator) -> None:
+    """Where there are two for each group, they are finite, in order, and scale with the tensor."""
+    if not isinstance(calibrator, TwoSided):
+        return
+    for bits in (2, 4, 8):
+        values = _values(QuantType(bits, signed=True)) + np.float32(0.5)
+        low, high = map(np.asarray, calibrator.two_sided(Samples(values), bits))
+        assert low.shape == high.shape == (len(values),), (
+            f"two thresholds at {bits} bits: shapes {low.shape} and {high.shape}, "
+            f"expected ({len(values)},)"
+        )
+        assert np.all((-np.inf < low) & (low < high) & (high < np.inf)), (
+            f"two thresholds at {bits} bits: {low} and {high}, expected finite ones in order"
+        )
+        larger = np.stack(calibrator.two_sided(Samples(values * 64), bits))
+        expected = 64 * np.stack([low, high])
+        assert np.allclose(larger, expected, rtol=1e-3, atol=1e-3 * (high - low).max()), (
+            f"two thresholds of 64·x at {bits} bits: {larger}, expected {expected}"
+        )
+
+
 CALIBRATOR_CHECKS: tuple[Callable[[Calibrator], None], ...] = (
     check_threshold_is_positive_and_at_most_the_maximum,
     check_histogram_is_accepted,
@@ -157,4 +178,5 @@ CALIBRATOR_CHECKS: tuple[Callable[[Calibrator], None], ...] = (
     check_equal_magnitudes_give_a_sound_threshold,
     check_input_is_not_modified,
     check_same_input_gives_the_same_threshold,
+    check_two_thresholds_are_sound,
 )

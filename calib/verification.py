@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calib.arrays import Batch
-from calib.capture import Runtime, Session, Values, version
+from calib.capture import EXACT, Runtime, Session, Values, version
 from calib.checker import check_file
 from calib.comparison import Difference, check_nan
 from calib.errors import VerificationError, one_line
@@ -37,7 +37,7 @@ _MOST_WEIGHT_VALUES = 1 << 24  # dequantized weights held at a time
 
 
 @dataclass(frozen=True, slots=True)
-class _Check:
+class Check:
     """The pieces that every check needs."""
 
     model: Model
@@ -49,6 +49,7 @@ class _Check:
     def run(
         self, model: Path | ir.Model, optimized: bool = True, values: Sequence[str] | None = None
     ) -> Values:
+        """The outputs of ``model`` on the batch, or ``values`` in it."""
         session = Session(
             model,
             self.runtime,
@@ -60,10 +61,12 @@ class _Check:
 
     @property
     def activations(self) -> list[TensorRecord]:
+        """Of the table."""
         return [r for r in self.quantized.table.records if r.spec.kind == "activation"]
 
     @property
     def weights(self) -> list[TensorRecord]:
+        """Of the table."""
         return [r for r in self.quantized.table.records if r.spec.kind == "weight"]
 
     @property
@@ -81,8 +84,9 @@ def verify(
     path: Path,
     batch: Batch,
     runtime: Runtime | None = None,
-) -> None:
-    """Raises `VerificationError` unless the file at ``path`` holds what ``quantized`` is, and
+) -> tuple[str, ...]:
+    """Notes on a good file; raises `VerificationError` unless the one at ``path`` holds what
+    ``quantized`` is, and
 
     - passes ``onnx.checker``, full check;
     - computes what the original does, were its QDQ pairs and the corrections of biases that the
@@ -91,23 +95,29 @@ def verify(
     - runs in onnxruntime with graph optimisation off and at the default level, its outputs free
       of NaN and every QDQ pair equal to `calib.quantize`, bit for bit, on ``batch``;
     - gives outputs at the two levels that differ by 10 dB less than quantization itself does, or at
-      the default level outputs that are no more than 1 dB further from the original's.
+      the default level outputs that are no more than 1 dB further from the original's. Layers of
+      which the weight alone is quantized are computed in float32 for that; what the default level
+      makes of them otherwise is a note.
     """
     try:
         check_file(path, full_check=True)
     except Exception as error:
         raise VerificationError(f"onnx.checker rejects the model: {one_line(error)}") from error
-    check = _Check(model, quantized, path, batch, runtime)
+    check = Check(model, quantized, path, batch, runtime)
     _check_weights(check, ir.load(path))
     expected = check.run(model.path)
     _check_unpaired(check, expected)
     pairs = [_check_pairs(check, optimized) for optimized in (False, True)]
     plain, optimal = (check.run(path, optimized) for optimized in (False, True))
     hint = _first_difference(*pairs) + _known_cause(quantized)
-    _check_levels(check, expected, (plain, optimal), hint)
+    notes = _rounded(check, expected, (plain, optimal))
+    if notes:
+        optimal = replace(check, runtime=replace(runtime or Runtime(), exact=True)).run(path)
+    check_levels(check, expected, (plain, optimal), hint)
+    return notes
 
 
-def _check_weights(check: _Check, written: ir.Model) -> None:
+def _check_weights(check: Check, written: ir.Model) -> None:
     """The integers are those of the oracle, and so is what each level makes of them."""
     portion: list[TensorRecord] = []
     for record in check.weights:
@@ -131,7 +141,7 @@ def _check_weights(check: _Check, written: ir.Model) -> None:
     _check_dequantized(check, written, portion)
 
 
-def _check_dequantized(check: _Check, written: ir.Model, records: list[TensorRecord]) -> None:
+def _check_dequantized(check: Check, written: ir.Model, records: list[TensorRecord]) -> None:
     if not records:
         return
     part = written.clone()
@@ -147,7 +157,7 @@ def _check_dequantized(check: _Check, written: ir.Model, records: list[TensorRec
             _check_pair(record, check.model.weight(record.name), values[name], optimized)
 
 
-def _check_pairs(check: _Check, optimized: bool) -> Values:
+def _check_pairs(check: Check, optimized: bool) -> Values:
     """Returns the dequantized activations, in graph order."""
     pairs = {r.name: check.quantized.dequantized[r.name] for r in check.activations}
     values = check.run(check.path, optimized, [*pairs, *pairs.values()]) if pairs else {}
@@ -172,7 +182,7 @@ def _check_pair(
             )
 
 
-def _without_pairs(check: _Check) -> ir.Model:
+def _without_pairs(check: Check) -> ir.Model:
     """The written model, changed so that every consumer reads the float tensor again, and without
     the corrections of biases that the table states."""
     written = ir.load(check.path)
@@ -224,13 +234,13 @@ def _same_on_disk(one: object, other: object) -> bool:
     return same
 
 
-def _check_unpaired(check: _Check, expected: Values) -> None:
+def _check_unpaired(check: Check, expected: Values) -> None:
     unpaired = check.run(_without_pairs(check))
     needed = _FLOAT16_DB if check.float16 else _UNPAIRED_DB
     for name, reference in expected.items():
         if reference.dtype.kind == "f":
             check_nan(name, reference, unpaired[name])
-        if (found := _sqnr_db(expected, unpaired, name)) < needed:
+        if (found := sqnr_db(expected, unpaired, name)) < needed:
             raise VerificationError(
                 f"apart from {_left_out(check.quantized)} the written model does not compute what "
                 f"the original does: SQNR {found:.1f} dB in output {name!r}, at least {needed:.0f} "
@@ -247,9 +257,9 @@ def _raised(quantized: Quantized) -> str:
     return f" ({raised}: export the model with that opset)" if raised else ""
 
 
-def _check_levels(
-    check: _Check, expected: Values, levels: tuple[Values, Values], hint: str
-) -> None:
+def check_levels(check: Check, expected: Values, levels: tuple[Values, Values], hint: str) -> None:
+    """Raises `VerificationError` if the outputs of the second of ``levels`` are further from those
+    of the first than these, which ``expected`` are the float model's of, allow."""
     plain, optimized = levels
     same = _FLOAT16_DB if check.float16 else _SAME_DB
     for name, values in plain.items():
@@ -257,15 +267,45 @@ def _check_levels(
             continue
         for level in (values, optimized[name]):
             check_nan(name, expected[name], level)
-        quantization = _sqnr_db(expected, plain, name)
+        quantization = sqnr_db(expected, plain, name)
         needed = min(quantization + _LEVEL_MARGIN_DB, same)
-        if (found := _sqnr_db(plain, optimized, name)) < needed:
-            if _sqnr_db(expected, optimized, name) >= quantization - _LEVEL_LOSS_DB:
+        if (found := sqnr_db(plain, optimized, name)) < needed:
+            if sqnr_db(expected, optimized, name) >= quantization - _LEVEL_LOSS_DB:
                 continue
             raise VerificationError(
                 f"onnxruntime's default level changes output {name!r}: SQNR {found:.1f} dB "
                 f"against optimisation off, at least {needed:.1f} needed; {hint}"
             )
+
+
+def _rounded(check: Check, expected: Values, levels: tuple[Values, Values]) -> tuple[str, ...]:
+    """A note where the default level may round to int8 what the file leaves float, and does."""
+    plain, optimized = levels
+    alone = _alone(check.quantized)
+    floats = [name for name, values in plain.items() if values.dtype.kind == "f"]
+    for name in floats:
+        check_nan(name, expected[name], optimized[name])
+    apart = {name: sqnr_db(plain, optimized, name) for name in floats}
+    if not alone or min(apart.values(), default=_SAME_DB) >= _SAME_DB:
+        return ()
+    name = min(apart, key=lambda name: apart[name])
+    exact, found = (sqnr_db(expected, level, name) for level in levels)
+    note = (
+        f"{len(alone)} layers, the first {alone[0]!r}, have a quantized weight and a float input, "
+        f"which onnxruntime's default level rounds to int8: output {name!r} lies {found:.1f} dB "
+        f"from the float model, computed in float32 {exact:.1f} dB; session option {EXACT} = 0 "
+        f"keeps float32"
+    )
+    return (note,)
+
+
+def _alone(quantized: Quantized) -> list[str]:
+    """MatMul and Gemm of which the weight alone is quantized."""
+    records = quantized.table.records
+    both = {n for r in records if r.spec.kind == "activation" for n in r.spec.consumers}
+    weights = {n for r in records if r.spec.kind == "weight" for n in r.spec.consumers}
+    layers = (node.name for node in quantized.ir.graph if node.op_type in ("MatMul", "Gemm"))
+    return [str(name) for name in layers if name in weights and name not in both]
 
 
 def _first_difference(plain: Values, optimized: Values) -> str:
@@ -288,10 +328,7 @@ def _known_cause(quantized: Quantized) -> str:
             ". onnxruntime before 1.31 can mix up 4-bit and 8-bit activations: upgrade it, or use "
             "other activation-bits"
         )
-    both = {name for record in activations for name in record.spec.consumers}
-    weights = (r for r in quantized.table.records if r.spec.kind == "weight")
-    alone = sorted({name for r in weights for name in r.spec.consumers if name not in both})
-    if alone:
+    if alone := _alone(quantized):
         return (
             f". Of {alone[0]!r} only the weight is quantized, which onnxruntime may compute in "
             f"int8: quantize both its inputs, or neither"
@@ -299,7 +336,8 @@ def _known_cause(quantized: Quantized) -> str:
     return ""
 
 
-def _sqnr_db(reference: Values, other: Values, name: str) -> float:
+def sqnr_db(reference: Values, other: Values, name: str) -> float:
+    """Of the output ``name``, where that is an array of floats."""
     if reference[name].dtype.kind != "f":  # an argmax may break ties otherwise
         share = np.count_nonzero(reference[name] == other[name]) / max(reference[name].size, 1)
         return _SAME_DB if share >= _ALIKE_SHARE or not reference[name].size else 0.0

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from calib.biases import correct_bias, correctable, move_bias
 from calib.editing import Editor
-from calib.granularity import onnx_axis, pieces
+from calib.granularity import Blocked, for_onnx, onnx_axis, onnx_block_size, pieces
 from calib.graph import Model
 from calib.prepare import kept_interface, remove_unused
 from calib.qtypes import Storage
@@ -42,7 +42,9 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
         raised = raise_opset(quantized, table, storages)
     notes = (*widened_note(table, storages), *raised)
     writer = _Writer(model, quantized, storages)
-    consumers = {name for record in table.records for name in record.spec.consumers}
+    # Where no activation is quantized, nothing rounds a bias.
+    moving = any(record.spec.kind == "activation" for record in table.records)
+    consumers = {name for r in table.records if moving for name in r.spec.consumers}
     for node in list(quantized.graph):
         if node.name in consumers:
             move_bias(writer.editor, node)
@@ -89,9 +91,10 @@ class _Writer:
             part += record.qtype.zero_point
             integers[index] = part.astype(integers.dtype)
         stored = self._integers(f"{record.name}_quantized", integers, record)
-        axis = onnx_axis(granularity)
-        attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
-        self._dequantize(record, [stored, *self._parameters(record)], attributes)
+        found = {"axis": onnx_axis(granularity), "block_size": onnx_block_size(granularity)}
+        attributes = [ir.AttrInt64(name, n) for name, n in found.items() if n is not None]
+        inputs = [stored, *self._parameters(record, tensor.shape)]
+        self._dequantize(record, inputs, attributes)
 
     def activation(self, record: TensorRecord) -> None:
         """Puts a QDQ pair between an activation and its consumers."""
@@ -140,15 +143,15 @@ class _Writer:
         self.stored[record.name] = str(inputs[0].name)
         self.dequantized[record.name] = str(replacement.name)
 
-    def _parameters(self, record: TensorRecord) -> list[ir.Value]:
-        """Scale and zero point of a tensor."""
-        per_tensor = onnx_axis(record.spec.granularity) is None
-        scale = record.scale.reshape(()) if per_tensor else record.scale
-        zero_point = np.full(scale.shape, record.qtype.zero_point, np.int32)
-        return [
-            self.editor.constant(f"{record.name}_scale", scale.astype(record.spec.dtype)),
-            self._integers(f"{record.name}_zero_point", zero_point, record),
-        ]
+    def _parameters(self, record: TensorRecord, shape: tuple[int, ...] = ()) -> list[ir.Value]:
+        """Scale and zero point of a tensor; none for blocks where it would be 0 for all."""
+        granularity, zero = record.spec.granularity, record.qtype.zero_point
+        scale = for_onnx(record.scale, shape, granularity).astype(record.spec.dtype)
+        values = [self.editor.constant(f"{record.name}_scale", np.ascontiguousarray(scale))]
+        if zero or not isinstance(granularity, Blocked):
+            zero_point = np.full(scale.shape, zero, np.int32)
+            values.append(self._integers(f"{record.name}_zero_point", zero_point, record))
+        return values
 
     def _integers(self, name: str, integers: NDArray[Any], record: TensorRecord) -> ir.Value:
         dtype = self._data_type(record)

@@ -95,7 +95,7 @@ GROUPS: dict[str, list[click.Option]] = {
     "Widths and methods": [
         _whole("--bits", "Weights and activations: 2 to 8 or 16.  [default: 8]"),
         _whole("--weight-bits", "Weights alone."),
-        _whole("--activation-bits", "Activations alone."),
+        _option("--activation-bits", "Activations alone; none keeps them float.", "N"),
         _whole("--edge-bits", "First and last weighted layers.  [default: max(8, bits)]"),
         _option(
             "--method",
@@ -109,6 +109,23 @@ GROUPS: dict[str, list[click.Option]] = {
             "--weight-granularity",
             "per-channel or per-tensor.  [default: per-channel]",
             shell_complete=one_of("per-channel", "per-tensor"),
+        ),
+        _whole(
+            "--block-size",
+            "Weights of MatMul and Gemm: a scale for every N values along the input axis, instead "
+            "of one a channel; 16, 32, 64, 128 and 256 are fast.",
+        ),
+        _option(
+            "--weight-format",
+            "Of blocks: qdq, or onnxruntime's own operator, computing in float32 or in int8: "
+            "matmulnbits or matmulnbits-int8.  [default: qdq]",
+            shell_complete=one_of("qdq", "matmulnbits", "matmulnbits-int8"),
+        ),
+        _option(
+            "--activations",
+            "Grids of activations: symmetric; asymmetric, with a zero point; auto, with one where "
+            "it lowers the error.  [default: symmetric]",
+            shell_complete=one_of("symmetric", "asymmetric", "auto"),
         ),
         _option(
             "--reduce",

@@ -148,12 +148,16 @@ def _random_rules(rng: np.random.Generator) -> Rules:
         method=str(rng.choice(["octav", "octav", "max", "mse:20", "percentile:99", "entropy:64"])),
         weight_granularity=str(rng.choice(["per-channel", "per-channel", "per-tensor"])),
         reduction=Reduction("mean" if rng.random() < 0.3 else "pool", 2),
+        activations=str(rng.choice(["symmetric", "asymmetric", "auto"])),
     )
 
 
 def _said(rules: Rules) -> str:
     widths = f"w{rules.widths.weights}a{rules.widths.activations}e{rules.widths.edge}"
-    return f"{widths} {rules.method} {rules.weight_granularity} {rules.reduction.name}"
+    return (
+        f"{widths} {rules.method} {rules.weight_granularity} {rules.reduction.name} "
+        f"{rules.activations}"
+    )
 
 
 def _invalid(path: Path, feeds: Sequence[Feed]) -> str:

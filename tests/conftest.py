@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from copy import copy
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -41,6 +46,26 @@ def needs_onnxruntime(major: int, minor: int) -> None:
     """Skips a test of what older versions compute otherwise, or cannot run."""
     if version() < (major, minor):
         pytest.skip(f"onnxruntime before {major}.{minor} behaves otherwise here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once() -> Iterator[None]:
+    """`torch.onnx.export` reads the sources of all its operators again for each model, for nearly
+    half of its time; here it does so once."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    owner: Any = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    read = cache(owner.from_torchlib)
+
+    def of_its_own(*arguments: Any, **settings: Any) -> Any:
+        registry = copy(read(*arguments, **settings))
+        registry.functions = {name: list(found) for name, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, "from_torchlib", staticmethod(of_its_own))
+        yield
 
 
 @pytest.fixture

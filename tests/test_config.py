@@ -41,6 +41,7 @@ method: percentile
 weight-method: mse:10
 percentile: 99.9
 weight-granularity: per-tensor
+activations: asymmetric
 reduce: mean
 bias-correction: true
 equalize: true
@@ -108,6 +109,7 @@ def test_every_setting_is_read_in_its_type() -> None:
         weight_method="mse:10",
         percentile=99.9,
         weight_granularity="per-tensor",
+        activations="asymmetric",
         reduce="mean",
         bias_correction=True,
         equalize=True,
@@ -143,7 +145,13 @@ def test_every_setting_is_read_in_its_type() -> None:
             TensorRule("head", skip=True),
         ),
     )
-    unread = {"observations", "verbose", "scheduler"}  # contradict others
+    unread = {
+        "observations",
+        "verbose",
+        "scheduler",
+        "block_size",
+        "weight_format",
+    }  # contradict others
     default = Config()
     for f in fields(Config):
         same = getattr(config, f.name) == getattr(default, f.name)
@@ -157,6 +165,7 @@ def test_every_setting_reaches_the_rules_and_the_run() -> None:
         method="percentile:99.9",
         weight_method="mse:10",
         weight_granularity="per-tensor",
+        activations="asymmetric",
         reduction=Reduction("mean", 3),
         selection=Selection("Conv", "head", ("Conv", "Gemm")),
         overrides=config.rules,

@@ -49,6 +49,7 @@ settings = st.fixed_dictionaries(
         "method": methods,
         "weight_method": methods,
         "weight_granularity": st.sampled_from(["per-channel", "per-tensor"]),
+        "activations": st.sampled_from(["symmetric", "asymmetric", "auto"]),
         "reduce": st.sampled_from(["pool", "mean"]),
         "only": patterns,
         "exclude": patterns,

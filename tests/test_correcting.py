@@ -23,7 +23,7 @@ from calib.arrays import Batch
 from calib.biases import Layer, correctable
 from calib.errors import ModelError, OptionError, VerificationError
 from calib.graph import Model
-from calib.rules import Rules
+from calib.rules import Rules, Widths
 from calib.table import CalibrationTable
 from calib.verification import verify
 
@@ -306,11 +306,17 @@ def test_a_padding_mask_is_an_error(save: Save) -> None:
         calibrate_model(model, data, RULES, run=Run(padding_mask="mask"))
 
 
+def test_weights_alone_without_data_are_an_error(chain: Path) -> None:
+    rules = Rules(widths=Widths(4, None, 4), bias_correction=True)
+    with pytest.raises(OptionError, match=r"^bias-correction needs the samples themselves"):
+        calibrate_model(chain, None, rules)
+
+
 def test_observations_without_the_data_are_an_error(chain: Path, tmp_path: Path) -> None:
     data, seen = [{"x": values(16, 3, 6, 6)}], tmp_path / "seen.npz"
     calibrate_model(chain, data, run=Run(save_observations=seen), output=tmp_path / "a.onnx")
     run_from = Run(observations=seen)
-    with pytest.raises(OptionError, match=r"^bias-correction needs the samples that were observed"):
+    with pytest.raises(OptionError, match=r"^bias-correction needs the samples themselves"):
         calibrate_model(chain, None, RULES, tmp_path / "b.onnx", run_from)
     made = calibrate_model(chain, data, RULES, tmp_path / "b.onnx", run_from)
     assert made.table.bias_corrections

@@ -282,11 +282,16 @@ def small_run(folder: Path, width: int = 5) -> list[str]:
     ],
 )
 def test_a_file_that_cannot_grow_is_one_line_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], part: str
+    server: Warm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    part: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = [*small_run(tmp_path, 80 if part.endswith("data") else 5), *options]
-    assert run_script(*arguments).code == 0
+    server.room = tmp_path
+    assert server.run(script(), *arguments) == (0, "")
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("out.*")}
     limit = (sizes[part] + max((n for n in sizes.values() if n < sizes[part]), default=0)) // 2
     for name in sizes:
@@ -300,9 +305,7 @@ def test_a_file_that_cannot_grow_is_one_line_and_nothing_is_left(
     assert contents(tmp_path) == before
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line_and_nothing_is_left(server: Warm, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
@@ -311,16 +314,15 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(
         pytest.skip("no file system can be mounted here")
     try:
         shutil.copy(DIGITS / "digits.onnx", disk)
-        monkeypatch.chdir(disk)
+        server.room = disk
         before = contents(disk)
         for form in FORMS:
             data = ("--data", DIGITS / "digits.npz", "--samples", 16)
-            told = run_script("digits.onnx", *data, *TO, "--bits", 16, *form)
-            assert told.code == 2
-            assert only_line(told.err).startswith("octav-calibrate: error: out.onnx: cannot be ")
+            code, err = server.run(script(), "digits.onnx", *data, *TO, "--bits", 16, *form)
+            assert code == 2
+            assert only_line(err).startswith("octav-calibrate: error: out.onnx: cannot be ")
             assert contents(disk) == before
     finally:
-        monkeypatch.chdir(tmp_path)
         subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
 
 

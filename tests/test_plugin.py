@@ -140,7 +140,7 @@ def test_an_installed_plug_in_passes_the_battery(installed: Path) -> None:
                 check(make(spec))
         print(json.dumps(len(CALIBRATOR_CHECKS)))
     """
-    assert said(installed, code) == 9
+    assert said(installed, code) == 10
 
 
 CLI = "import sys; from octav_calibrate_cli.calibrate import main; sys.exit(main(sys.argv[1:]))"

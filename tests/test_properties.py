@@ -329,7 +329,7 @@ def test_a_number_for_each_group_meets_its_own_values(layout: tuple[Floats, int]
     largest = np.abs(to_groups(tensor, PerChannel(axis))).max(axis=1)
     others = tuple(at for at in range(tensor.ndim) if at != axis)
     expected = np.abs(tensor).max(axis=others, keepdims=True)
-    assert np.array_equal(along_tensor(largest, tensor.ndim, PerChannel(axis)), expected)
+    assert np.array_equal(along_tensor(largest, tensor.shape, PerChannel(axis)), expected)
 
 
 @by_property

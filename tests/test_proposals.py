@@ -187,8 +187,9 @@ def test_what_the_user_excludes_stays_excluded(tmp_path: Path, pattern: str) -> 
         Rules(widths=Widths(4, 4, 4), selection=Selection(only="node")),
         Rules(widths=Widths(4, 4, 4), selection=Selection(op_types=("MatMul",))),
         Rules(widths=Widths(4, 4, 4), reduction=Reduction("mean", 3)),
+        Rules(widths=Widths(4, 4, 4), block_size=2),
     ],
-    ids=["granularity", "edges", "parameters", "only", "op-types", "mean"],
+    ids=["granularity", "edges", "parameters", "only", "op-types", "mean", "blocks"],
 )
 def test_the_yaml_holds_all_rules_whatever_the_command_line_has_said(
     tmp_path: Path, rules: Rules

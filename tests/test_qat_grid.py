@@ -191,6 +191,6 @@ def test_groups_are_those_of_the_file_that_knows_about_axes(axis: int | None) ->
     assert np.array_equal(groups, granularity.to_groups(values, along(axis)))
     per_group = groups[:, 0].copy()
     spread = along_tensor(torch.from_numpy(per_group), 3, axis).numpy()
-    expected = granularity.along_tensor(per_group, 3, along(axis))
+    expected = granularity.along_tensor(per_group, (1, 1, 1), along(axis))
     assert spread.shape == expected.shape
     assert np.array_equal(spread, expected)

@@ -123,7 +123,7 @@ def hard_values(qtype: QuantType, scale: Floats, granularity: Granularity) -> Fl
         np.nextafter(halves, np.float32(-np.inf)),
         np.array([[0.0, -0.0, 0.5, -0.5, 1.5, -1.5]] * 6, np.float32),
     ]
-    return np.concatenate(parts, axis=1) * along_tensor(scale, 2, granularity)
+    return np.concatenate(parts, axis=1) * along_tensor(scale, parts[0].shape, granularity)
 
 
 def scales(granularity: Granularity, width: int) -> Floats:

@@ -85,8 +85,13 @@ def test_with_everything_switched_on_it_is_the_written_model(
 @pytest.mark.parametrize("name", ["conv_bias", "attention", "tied_transposed", "float16_conv"])
 @pytest.mark.parametrize(
     "rules",
-    [all_bits(16), all_bits(4, 8), Rules(widths=Widths(8, 8, 8), weight_granularity="per-tensor")],
-    ids=["16", "4-8", "per-tensor"],
+    [
+        all_bits(16),
+        all_bits(4, 8),
+        Rules(widths=Widths(8, 8, 8), weight_granularity="per-tensor"),
+        Rules(widths=Widths(8, 4, 8), activations="asymmetric"),
+    ],
+    ids=["16", "4-8", "per-tensor", "asymmetric"],
 )
 def test_it_is_the_written_model_at_other_widths_too(load: Load, name: str, rules: Rules) -> None:
     assert_like_written(load(name), rules)

@@ -91,6 +91,9 @@ def test_rules_refuse_what_they_do_not_know() -> None:
     message = "^weight-granularity must be per-channel or per-tensor, got 'blocked'$"
     with pytest.raises(OptionError, match=message):
         Rules(weight_granularity="blocked")
+    message = "^activations must be symmetric, asymmetric or auto, got 'unsigned'$"
+    with pytest.raises(OptionError, match=message):
+        Rules(activations="unsigned")
     with pytest.raises(CalibratorError, match=r"^No calibrator named 'octave'"):
         Rules(method="octave")
     with pytest.raises(OptionError, match="percentile must be above 1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -112,6 +113,22 @@ class NeverTwiceTheSame:
         return dist.max_abs() * (1 - 1e-9 * next(self.calls))
 
 
+@dataclass(frozen=True)
+class Between:
+    """Two thresholds as told."""
+
+    factors: tuple[float, float] = (1.0, 1.0)
+    groups: int = 4
+    shift: float = 0.0
+
+    def __call__(self, dist: Distribution, _: QuantType, /) -> Floats:
+        return dist.max_abs()
+
+    def two_sided(self, dist: Distribution, _bits: int, /) -> tuple[Floats, Floats]:
+        low, high = (f * end for f, end in zip(self.factors, dist.extremes(), strict=True))
+        return low[: self.groups], high[: self.groups] + self.shift
+
+
 UNSOUND: list[tuple[Calibrator, str]] = [
     (negative, "is not positive"),
     (above_the_maximum, r"is above max\|x\|"),
@@ -126,6 +143,10 @@ CULPRITS: list[tuple[str, Calibrator, str]] = [
     ("all_zero_group_is_finite_and_harmless", upset_by_zero_groups, "groups beside an all-zero"),
     ("equal_magnitudes_give_a_sound_threshold", swinging_on_equal_magnitudes, "not positive"),
     ("input_is_not_modified", writing_into_the_values, "the values were changed"),
+    ("two_thresholds_are_sound", Between(groups=1), r"shapes \(1,\) and \(1,\), expected \(4,\)"),
+    ("two_thresholds_are_sound", Between((-1.0, -1.0)), "expected finite ones in order"),
+    ("two_thresholds_are_sound", Between((np.nan, 1.0)), "expected finite ones in order"),
+    ("two_thresholds_are_sound", Between(shift=1.0), "two thresholds of 64·x at 2 bits"),
     ("same_input_gives_the_same_threshold", NeverTwiceTheSame(), "two calls at"),
 ]
 

@@ -16,6 +16,7 @@ from models import CONV_BIAS, MODELS, Array, Feed, parsed, values
 from onnx import helper, numpy_helper
 
 from calib.arrays import Batch
+from calib.capture import Runtime, Session
 from calib.errors import CalibError, ModelError, VerificationError
 from calib.graph import Model, load_model
 from calib.saving import Quantized
@@ -222,15 +223,47 @@ def test_a_bug_of_older_onnxruntimes_is_hinted_at_where_it_could_be_the_cause(
         verify(*biased)
 
 
-def test_a_matmul_of_which_the_weight_alone_is_quantized_is_hinted_at(
+def test_what_the_default_level_makes_of_a_matmul_with_a_quantized_weight_alone_is_a_note(
     load: Load, tmp_path: Path
 ) -> None:
     """At 8 bits onnxruntime 1.31 runs it as MatMulNBits, on activations that it rounds itself."""
     needs_onnxruntime(1, 31)
-    quantized, batch = written(load("two_inputs"), Rules(selection=Selection(only="^weight_x$")))
-    quantized.save(tmp_path / "written.onnx")
+    model, path = load("two_inputs"), tmp_path / "written.onnx"
+    quantized, batch = written(model, Rules(selection=Selection(only="^weight_x$")))
+    quantized.save(path)
+    (note,) = verify(model, quantized, path, batch)
+    wanted, plain, rounded = (
+        Session(file, optimized=optimized).run(batch.feed)
+        for file, optimized in ((model.path, True), (path, False), (path, True))
+    )
+    name = min(plain, key=lambda n: sqnr(plain[n], rounded[n]))
+    lies = f"{sqnr(wanted[name], rounded[name]):.1f} dB from the float model"
+    assert note == (
+        f"1 layers, the first '/MatMul/a', have a quantized weight and a float input, which "
+        f"onnxruntime's default level rounds to int8: output {name!r} lies {lies}, computed in "
+        f"float32 {sqnr(wanted[name], plain[name]):.1f} dB; session option "
+        f"session.qdq_matmulnbits_accuracy_level = 0 keeps float32"
+    )
+    exact = Session(path, Runtime(exact=True)).run(batch.feed)
+    assert sqnr(plain[name], exact[name]) > 100 > sqnr(plain[name], rounded[name])
+
+
+def sqnr(reference: Array, other: Array) -> float:
+    noise = np.square(reference.astype(np.float64) - other).sum()
+    return float(10 * np.log10(np.square(reference.astype(np.float64)).sum() / max(noise, 1e-300)))
+
+
+def test_a_weight_alone_is_still_refused_where_float32_makes_something_else_of_it(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an onnxruntime would that does not know the session option."""
+    needs_onnxruntime(1, 31)
+    model, path = load("two_inputs"), tmp_path / "written.onnx"
+    quantized, batch = written(model, Rules(selection=Selection(only="^weight_x$")))
+    quantized.save(path)
+    monkeypatch.setattr("calib.capture.EXACT", "session.unknown")
     with pytest.raises(VerificationError, match=r"; no quantized .* Of '/MatMul/a' only the wei"):
-        verify(load("two_inputs"), quantized, tmp_path / "written.onnx", batch)
+        verify(model, quantized, path, batch)
 
 
 # --- the float model ----------------------------------------------------------------------------

@@ -100,6 +100,9 @@ MIXED = {
     "w8a4": Rules(widths=Widths(8, 4)),
     "w2a16, edges 5": Rules(widths=Widths(2, 16, 5)),
     "per-tensor": Rules(widths=Widths(4, 4), weight_granularity="per-tensor"),
+    "asymmetric, 4 bits": Rules(widths=Widths(4, 4, 4), activations="asymmetric"),
+    "asymmetric, 3 and 8 bits": Rules(widths=Widths(4, 3), activations="asymmetric"),
+    "asymmetric, 16 bits": Rules(widths=Widths(16, 16), activations="asymmetric"),
     # At 8 bits onnxruntime runs such a MatMul as MatMulNBits, on activations it rounds itself.
     "weights only": Rules(Widths(4, 4, 4), selection=Selection(only="weight|kernel|head|^w")),
     "activations only": Rules(selection=Selection(exclude="weight|kernel|head|^w")),

@@ -28,7 +28,8 @@ class Warm:
 
     def __init__(self) -> None:
         here = Path(__file__).resolve().parent
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+        folders = (here, here.parent, here.parent / "samples")
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
         command = [sys.executable, "-W", "ignore", __file__]
         self._server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env
@@ -112,6 +113,7 @@ def wait_until(holds: Callable[[], Any]) -> None:
 def serve() -> None:
     for name in ("rich.progress", "calib.config", "calib.pipeline", "octav_calibrate_cli._show"):
         importlib.import_module(name)  # what the command imports late
+    importlib.import_module("isolation").load_kernels()
     _tell("ready")
     for line in sys.stdin:
         argv, room = json.loads(line)

@@ -65,6 +65,15 @@ class WarmStarting(Protocol):
         """As calling the calibrator, from ``start`` ``(G,)`` on; a little less exact."""
 
 
+@runtime_checkable
+class TwoSided(Protocol):
+    """A calibrator that also gives a lower and an upper threshold, for grids with a zero point."""
+
+    def two_sided(self, dist: Distribution, bits: int, /) -> tuple[Floats, Floats]:
+        """The lower and the upper one of each group, float64 ``(G,)`` each; 0 need not lie between
+        them, the caller widens what they span to hold it."""
+
+
 def names() -> tuple[str, ...]:
     """The calibrators that `make` knows, built-in first; plug-ins are not imported for this.
 

@@ -14,3 +14,7 @@ class Max:
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
         return dist.max_abs()
+
+    def two_sided(self, dist: Distribution, _bits: int, /) -> tuple[Floats, Floats]:
+        """See `calib.calibrators.TwoSided`: the smallest and the largest value."""
+        return dist.extremes()

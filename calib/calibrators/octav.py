@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calib.distribution import Distribution, Floats, Seeking
+from calib.distribution import Distribution, Floats, seeking
 from calib.errors import OptionError
 from calib.qtypes import QuantType
 
@@ -14,6 +14,9 @@ _MAX_UPDATES = 200
 _CLOSEST = 1e-6
 _CLOSE = 1e-3
 _BELOW_MAXIMUM = 0.99
+_NOTHING = 1e-300
+_START = 0.05
+_SWINGING = 50  # updates, by when all others have settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,9 @@ class Octav:
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
         noise = self._noise(qtype)
-        if not self.iterations and self.tolerance <= _CLOSEST and isinstance(dist, Seeking):
-            return dist.fixed_point(noise)
+        exact = not self.iterations and self.tolerance <= _CLOSEST
+        if exact and (seeker := seeking(dist)) is not None:
+            return seeker.fixed_point(noise)
         everything = dist.tail(np.zeros(dist.groups))
         nonzero = np.maximum(everything.count, 1)
         s = everything.sum / nonzero
@@ -77,6 +81,78 @@ class Octav:
         largest = dist.max_abs()  # from where no update comes back
         below = np.where(start < largest, start, _BELOW_MAXIMUM * largest)
         return self._solve(dist, below, nonzero, self._noise(qtype), _CLOSE)
+
+    def two_sided(self, dist: Distribution, bits: int, /) -> tuple[Floats, Floats]:
+        """See `calib.calibrators.TwoSided`. First, where neither of two recursions moves any more:
+
+            a ← (κp·(m_q + m_r) + m_q·r) / D,   b ← (κp·(m_q + m_r) + m_r·q) / D,
+            D = κp·(q + r) + q·r,   κ = 1 / (12 (2ᴮ - 1)²)
+
+        with p of the values that are not 0 within [a, b], q below and r above it, and m_q, m_r the
+        sums of these (derived as OCTAV, equation 6: both derivatives of ``κp·(b - a)²`` and of what
+        is clipped are 0). They start at the 5 % and 95 % quantiles. An end behind which nothing
+        lies is the extreme value, and takes no part.
+
+        The zero point z is an integer: for those beside ``-a·L / (b - a)``, with L = 2ᴮ - 1 the
+        recursion of the one scalar that is left, the scale s, goes on from there
+
+            s ← ((L - z)·m_r - z·m_q) / (p / 12 + (L - z)²·r + z²·q)
+
+        (derived likewise; z = 0 gives equation 6). Of these grids it is the one with the least
+        MSE. ``kappa`` and ``iterations`` are of the symmetric grid, and leave this alone.
+        """
+        smallest, largest = dist.extremes()
+        bounds = np.minimum(smallest, 0), np.maximum(largest, 0)
+        noise = 1 / (12.0 * ((1 << bits) - 1) ** 2)
+        a = np.clip(dist.signed_quantile(_START), bounds[0], 0)
+        b = np.clip(dist.signed_quantile(1 - _START), 0, bounds[1])
+        for update in range(_MAX_UPDATES):
+            low, high = _update_both(dist, (a, b), bounds, noise)
+            if update >= _SWINGING:  # between values of a few magnitudes
+                low, high = (a + low) / 2, (b + high) / 2
+            moved = np.maximum(np.abs(low - a), np.abs(high - b))
+            a, b = low, high
+            if (moved <= self.tolerance * (b - a)).all():
+                break
+        return self._rounded(dist, (a, b), bits)
+
+    def _rounded(
+        self, dist: Distribution, ends: tuple[Floats, Floats], bits: int
+    ) -> tuple[Floats, Floats]:
+        """``ends`` for an integer zero point."""
+        most = (1 << bits) - 1
+        span = ends[1] - ends[0]
+        wanted = -ends[0] / np.where(span > 0, span, 1) * most
+        low, high, least = ends[0].copy(), ends[1].copy(), np.full(dist.groups, np.inf)
+        for zero_point in {*np.floor(wanted).astype(int), *np.ceil(wanted).astype(int)}:
+            qtype = QuantType(bits, signed=False, zero_point=int(zero_point))
+            scale = self._scale(dist, span / most, qtype)
+            error = dist.mse(scale * qtype.steps, qtype)
+            better = (error < least) & (scale > 0)
+            low = np.where(better, scale * qtype.qmin, low)
+            high = np.where(better, scale * qtype.qmax, high)
+            least = np.where(better, error, least)
+        return low, high
+
+    def _scale(self, dist: Distribution, scale: Floats, qtype: QuantType) -> Floats:
+        """The fixed point of the recursion of the scale; where nothing is clipped, the least scale
+        at which that is so."""
+        smallest, largest = dist.extremes()
+        keeping = np.maximum(
+            -smallest / max(-qtype.qmin, _NOTHING), largest / max(qtype.qmax, _NOTHING)
+        )
+        nonzero = dist.tail(np.zeros(dist.groups)).count
+        for _ in range(_MAX_UPDATES):
+            below, above = dist.tails(scale * qtype.qmin, scale * qtype.qmax)
+            inside = nonzero - below.count - above.count
+            weight = inside / 12 + qtype.qmax**2 * above.count + qtype.qmin**2 * below.count
+            pull = qtype.qmax * above.sum + qtype.qmin * below.sum
+            proposal = np.where(pull > 0, pull / np.maximum(weight, _NOTHING), keeping)
+            settled = np.abs(proposal - scale) <= self.tolerance * scale
+            scale = proposal
+            if settled.all():
+                break
+        return scale
 
     def _solve(
         self, dist: Distribution, s: Floats, nonzero: Floats, noise: float, tolerance: float
@@ -106,3 +182,25 @@ def _update(dist: Distribution, s: Floats, nonzero: Floats, noise: float) -> Flo
     tail = dist.tail(s)
     updated = tail.sum / (noise * (nonzero - tail.count) + tail.count)
     return np.where(tail.count > 0, updated, dist.max_abs())
+
+
+def _update_both(
+    dist: Distribution, ends: tuple[Floats, Floats], bounds: tuple[Floats, Floats], noise: float
+) -> tuple[Floats, Floats]:
+    """One step of the two recursions. An end that cannot move, as nothing lies behind it or as it
+    would pass 0, is where it must be, and the other one's derivative alone is 0."""
+    below, above = dist.tails(*ends)
+    q, r = below.count, above.count
+    inside = noise * (dist.tail(np.zeros(dist.groups)).count - q - r)
+    both, divisor = inside * (below.sum + above.sum), inside * (q + r) + q * r
+    divisor = np.where(divisor > 0, divisor, 1)
+    low = np.where(q == 0, bounds[0], (both + below.sum * r) / divisor)
+    high = np.where(r == 0, bounds[1], (both + above.sum * q) / divisor)
+    fixed_low, fixed_high = (q == 0) | (low >= 0), (r == 0) | (high <= 0)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    high_alone = (inside * low + above.sum) / np.maximum(inside + r, _NOTHING)
+    low_alone = (inside * high + below.sum) / np.maximum(inside + q, _NOTHING)
+    return (
+        np.clip(np.where(fixed_high & ~fixed_low, low_alone, low), bounds[0], 0),
+        np.clip(np.where(fixed_low & ~fixed_high, high_alone, high), 0, bounds[1]),
+    )

@@ -30,3 +30,11 @@ class Percentile:
 
     def __call__(self, dist: Distribution, qtype: QuantType, /) -> Floats:
         return dist.quantile(self.percentile / 100)
+
+    def two_sided(self, dist: Distribution, _bits: int, /) -> tuple[Floats, Floats]:
+        """See `calib.calibrators.TwoSided`: half of the share that is cut off, on either side."""
+        cut = (1 - self.percentile / 100) / 2
+        if cut <= 0:
+            return dist.extremes()
+        mirrored = cut * (1 + 1e-9)  # where it is a whole number of values, the next one
+        return dist.signed_quantile(mirrored), dist.signed_quantile(1 - cut)

@@ -11,6 +11,7 @@ from torch import Tensor
 from calib.distribution import Floats, Tail
 from calib.qat.grid import SMALLEST_SCALE, Grid, apply_scale, scale_of
 from calib.qtypes import QuantType
+from calib.quantize import scale_from_threshold
 
 _TINY = 2.0**-60
 
@@ -70,6 +71,8 @@ class TensorSamples:
         return Tail(count, total)
 
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
+        if qtype.zero_point:
+            return self._shifted_mse(t, qtype)
         grid = Grid(qtype.bits, narrow=qtype.narrow)
         signed = torch.tensor(qtype.signed, device=self._values.device)
         errors, mean_square = [], self._mean_square(self._values)
@@ -80,6 +83,34 @@ class TensorSamples:
                 np.where(row > 0, self._mean_square(quantized - self._values), mean_square)
             )
         return np.reshape(errors, np.shape(t))
+
+    def _shifted_mse(self, t: Floats, qtype: QuantType) -> Floats:
+        """`mse` on a grid with a zero point, which no layer in training has."""
+        errors, mean_square = [], self._mean_square(self._values)
+        for row in np.reshape(t, (-1, self.groups)):
+            own = scale_from_threshold(row, qtype).astype(np.float64)
+            scale = self._per_group(own).float()[:, None]
+            levels = (self._values / scale).round().clamp(qtype.qmin, qtype.qmax)
+            error = self._mean_square(levels * scale - self._values)
+            errors.append(np.where(row > 0, error, mean_square))
+        return np.reshape(errors, np.shape(t))
+
+    def extremes(self) -> tuple[Floats, Floats]:
+        low, high = self._extremes
+        return low.copy(), high.copy()
+
+    def signed_quantile(self, q: float) -> Floats:
+        values, order = self._values.sort(dim=1)
+        times = torch.ones_like(order) if self._counts is None else self._counts[order]
+        below = times.cumsum(1)
+        first = (below < q * float(self.count()[0]) * (1 - 1e-12)).sum(1, keepdim=True)
+        return _floats(values.gather(1, first.clamp(max=values.shape[1] - 1))[:, 0])
+
+    def tails(self, low: Floats, high: Floats) -> tuple[Tail, Tail]:
+        below = self._values.double() < self._per_group(low)[:, None]
+        above = self._values.double() > self._per_group(high)[:, None]
+        found = [self._sums(part.float(), part * self._values) for part in (below, above)]
+        return Tail(*found[0]), Tail(*found[1])
 
     @cached_property
     def _extremes(self) -> Floats:

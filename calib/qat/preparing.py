@@ -75,6 +75,8 @@ def prepare(
     widths = bits if isinstance(bits, Widths) else Widths(check_width(bits, "bits"), bits)
     if edge_bits is not None:
         widths = Widths(widths.weights, widths.activations, edge_bits)
+    if widths.activations is None:
+        raise OptionError("bits: activations must have a width in training; skip what stays float")
     recipe = Recipe(
         widths, calibrator, mode, gradient, tuple(rules), reduction or Reduction("mean")
     )

@@ -124,7 +124,7 @@ def _weight(
         )
     known = (magnitude > 0) & (frozen.largest > 0)
     scale = np.where(known, magnitude / np.maximum(frozen.largest, 1), 1.0).astype(np.float32)
-    levels = weight / along_tensor(scale, weight.ndim, spec.granularity)
+    levels = weight / along_tensor(scale, weight.shape, spec.granularity)
     off = float(np.abs(levels - np.rint(levels)).max(initial=0.0))
     if off > _OFF_GRID or np.abs(levels).max(initial=0.0) > qtype.qmax + 0.5:
         raise VerificationError(

@@ -31,7 +31,7 @@ def calibration_document(
             ``warnings``, ``notes``, ``held_out``, ``made_up``.
     """
     rules: Rules = facts["rules"]
-    bits = max(rules.widths.weights, rules.widths.activations)
+    bits = rules.widths.widest
     head = {"method": rules.method, "bits": bits}
     specs = tuple(record.spec for record in table.records)
     sure = confidence(model, observations, Plan(specs, ()), rules)

@@ -1,0 +1,186 @@
+"""Thresholds of a sweep that are found without measuring all: against measuring all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from calib import cells, compiled, rounding
+from calib.counter import Counter
+from calib.distribution import Floats, Histogram, Samples, sweep
+from calib.qtypes import QuantType
+from calib.ranked import Ranked
+
+Values = NDArray[np.float32]
+
+by_property = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+needs_numba = pytest.mark.skipif(not compiled.enabled(), reason="numba is not installed")
+plainly = pytest.mark.parametrize("plain", [False, True])
+NARROW = [QuantType(bits, signed=True, narrow=True) for bits in range(2, 9)]
+LENGTHS = (1, 2, 9, 34, 68, 136, 544, 1024, 3000)
+few_values = st.sampled_from([0.0, 0.5, -1.0, 7.0, 3e-39, -2e38]) | st.floats(-9, 9, width=32)
+any_values = hnp.arrays(np.float32, st.integers(1, 200), elements=few_values)
+
+
+def kinds(n: int) -> Values:
+    """Groups of ``n`` values: Gaussian, heavy-tailed, sparse, on a lattice, one value, one that
+    sticks out, all zero, tiny, huge."""
+    rng = np.random.default_rng(n)
+    gaussian = rng.standard_normal((4, n))
+    outlier = gaussian[:1] * (np.arange(n) > 0) + 40 * (np.arange(n) == 0)
+    rows = [gaussian, gaussian**3, gaussian * (rng.random((4, n)) < 0.3)]
+    rows += [np.round(gaussian * 2), np.full((1, n), 0.3), outlier, np.zeros((1, n))]
+    rows += [gaussian * 1e-38, gaussian / np.abs(gaussian).max() * 3.4e38]
+    return np.concatenate(rows).astype(np.float32)
+
+
+def counted(*arrays: NDArray[np.floating]) -> list[Counter]:
+    made = []
+    for array in arrays:
+        made.append(Counter())
+        made[-1].update(array)
+    return made
+
+
+def activations() -> list[Counter]:
+    """Signed, rectified, negative throughout, heavy-tailed, constant, all zero, tiny, huge."""
+    x = np.random.default_rng(6).standard_normal(5000).astype(np.float32)
+    rest = [np.full(9, 0.7, np.float32), np.zeros(4, np.float32), x * np.float32(1e-39)]
+    return counted(x, np.maximum(x, 0), -np.abs(x), x**5, *rest, x * np.float32(8e37))
+
+
+@plainly
+@pytest.mark.parametrize("n", LENGTHS)
+def test_no_threshold_has_less_error_than_the_one_that_is_found(
+    n: int, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(compiled, "enabled", lambda: False)
+    dist = Samples(kinds(n))
+    dist.expect((100, qtype) for qtype in NARROW)
+    for qtype in NARROW:
+        best = dist.mse(sweep(dist, 100, qtype), qtype)
+        np.testing.assert_allclose(dist.mse(dist.least_mse(100, qtype), qtype), best, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("n", LENGTHS)
+def test_widths_that_are_found_together_are_those_of_each_alone(
+    n: int, dtype: type[np.floating]
+) -> None:
+    with np.errstate(over="ignore"):
+        values = np.nan_to_num(kinds(n).astype(dtype))
+    together = Samples(values)
+    wide = QuantType(16, signed=True, narrow=True)
+    together.expect([*((100, qtype) for qtype in NARROW), (7, NARROW[0]), (100, wide)])
+    for points, qtype in [*((100, qtype) for qtype in NARROW), (7, NARROW[0]), (3, NARROW[1])]:
+        alone = Samples(values).least_mse(points, qtype)
+        np.testing.assert_array_equal(together.least_mse(points, qtype), alone)
+
+
+def test_a_threshold_that_is_found_can_be_changed_without_harm() -> None:
+    dist = Samples(kinds(9))
+    first = dist.least_mse(100, NARROW[0])
+    kept = first.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(dist.least_mse(100, NARROW[0]), kept)
+
+
+@needs_numba
+@by_property
+@given(any_values, st.sampled_from(NARROW), st.integers(1, 100))
+def test_the_error_from_ranks_is_that_of_the_values(
+    values: Values, qtype: QuantType, k: int
+) -> None:
+    row = np.sort(np.abs(values))
+    if row[-1] < 1e-30:
+        return
+    sums = np.append(np.cumsum(row[::-1], dtype=np.float64)[::-1], 0)
+    square = float(np.square(row, dtype=np.float64).sum())
+    edges = min(row.size, 2048)
+    table, places = np.empty((2, edges + 1)), np.empty(edges + 1, np.uint32)
+    rounding._excesses(row, sums, table, places)
+    few = (qtype.steps, 100, edges)
+    many = np.repeat(row, 100 * qtype.steps)  # so that ranks are looked up
+    found = rounding._measured(k, row, sums, places, (square, *few, np.inf))
+    exact = float(k) / 100 * float(row[-1]) / qtype.steps
+    step = np.float64(np.float32(np.clip(exact, 2.0**-126, 3.4028234e38 / qtype.steps)))
+    levels = np.clip(np.rint(row / step), 0, qtype.steps)
+    expected = float(np.square(row - levels * step).sum())
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-11 * square)
+    sums = np.append(np.cumsum(many[::-1], dtype=np.float64)[::-1], 0)
+    table, places = np.empty((2, 65)), np.empty(65, np.uint32)
+    rounding._excesses(many, sums, table, places)
+    times = many.size // row.size
+    given_ = (square * times, qtype.steps, 100, 64, np.inf)
+    assert rounding._measured(k, many, sums, places, given_) == pytest.approx(
+        expected * times, rel=1e-6, abs=1e-10 * square * times
+    )
+
+
+@plainly
+@pytest.mark.parametrize("points", [1, 2, 37, 100])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_on_counts_the_threshold_is_that_of_measuring_all(
+    bits: int, points: int, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(compiled, "enabled", lambda: False)
+    for qtype in (QuantType(bits, True), QuantType(bits, True, True), QuantType(bits, False)):
+        dist = Histogram(*activations())
+        found = dist.least_mse(points, qtype)
+        np.testing.assert_array_equal(found, sweep(dist, points, qtype))
+
+
+@by_property
+@given(st.lists(any_values, min_size=1, max_size=4))
+def test_bins_of_both_sides_are_ranked_together(arrays: list[Values]) -> None:
+    dist = Histogram(*counted(*arrays))
+    order, start = dist._ranked, 0
+    for group, counter in enumerate(counted(*arrays)):
+        codes, counts = counter.bins()
+        bits = (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        centre = np.abs(np.clip(bits, np.float32(counter.min), np.float32(counter.max)))
+        by_size = np.argsort(centre, kind="stable")
+        own = slice(start, start + codes.size)
+        np.testing.assert_array_equal(order.magnitude[own], centre[by_size])
+        for power, sums in enumerate((order.count, order.sum, order.square_sum)):
+            assert sums is not None
+            total = (centre.astype(np.float64) ** power * counts).sum()
+            assert sums[start + group] == pytest.approx(total, rel=1e-12)
+            assert sums[start + group + codes.size] == 0
+        start += codes.size
+
+
+@needs_numba
+@by_property
+@given(st.lists(any_values, min_size=1, max_size=4))
+def test_bins_are_prepared_by_the_kernel_as_by_numpy(arrays: list[Values]) -> None:
+    dist = Histogram(*counted(*arrays))
+    parts: tuple[Floats, NDArray[np.int64]]
+    parts = np.stack([*dist._edges, dist._counts]), dist._starts
+    with np.errstate(over="ignore"):
+        fast, plain = cells._prepared(*parts), cells._plainly_prepared(*parts)
+    np.testing.assert_allclose(fast[0], plain[0], rtol=1e-12)
+    np.testing.assert_allclose(fast[1], plain[1], rtol=1e-12)
+    for one, other in zip(fast[2], plain[2], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@needs_numba
+def test_groups_ranked_by_the_kernel_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    magnitude = np.array([1, 2, 2, 3, 0, 2, 3, 4, 5], np.float32)
+    counts = np.arange(1, 10)
+    starts = np.array([0, 4, 8, 8, 9])
+    fast = Ranked.of_sides(magnitude, counts, starts)
+    monkeypatch.setattr(compiled, "enabled", lambda: False)
+    plain = Ranked.of_sides(magnitude, counts, starts)
+    np.testing.assert_array_equal(fast.magnitude, plain.magnitude)
+    np.testing.assert_array_equal(fast.magnitude[:8], [0, 1, 2, 2, 2, 3, 3, 4])
+    t = np.array([[0.0, 0.0], [2.0, 2.0], [2.5, 5.0]])
+    for one, other in zip(fast.tail(t), plain.tail(t), strict=True):
+        np.testing.assert_array_equal(one, other)
