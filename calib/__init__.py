@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from calib.comparison import Comparison as Comparison
     from calib.comparison import evaluate as evaluate
     from calib.config import Config as Config
+    from calib.correcting import correct_biases as correct_biases
     from calib.data import Reading as Reading
     from calib.data import open_data as open_data
+    from calib.equalizing import equalize as equalize
     from calib.errors import CalibError as CalibError
     from calib.gate import Check as Check
     from calib.gate import CheckFiles as CheckFiles
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from calib.observing import observe as observe
     from calib.pipeline import Calibration as Calibration
     from calib.pipeline import calibrate_model as calibrate_model
+    from calib.planning import make_plan as make_plan
     from calib.protocol import Distribution as Distribution
     from calib.qtypes import QuantType as QuantType
     from calib.rules import Reduction as Reduction
@@ -49,7 +52,6 @@ if TYPE_CHECKING:
     from calib.survey import Survey as Survey
     from calib.surveying import compare_methods as compare_methods
     from calib.table import CalibrationTable as CalibrationTable
-    from calib.targets import make_plan as make_plan
     from calib.verification import verify as verify
     from calib.write import write_qdq as write_qdq
 
@@ -65,6 +67,8 @@ _HOME = {
     "calibrate_each": "calibration",
     "Calibrator": "calibrators",
     "Config": "config",
+    "correct_biases": "correcting",
+    "equalize": "equalizing",
     "Reading": "data",
     "open_data": "data",
     "Distribution": "protocol",

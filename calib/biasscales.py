@@ -48,10 +48,10 @@ class IntegerBias:
         return integers
 
 
-def integer_biases(model: Model, table: CalibrationTable) -> Iterator[IntegerBias]:
-    """All biases of ``model`` that can be int32; in graph order."""
+def integer_biases(graph: Any, table: CalibrationTable) -> Iterator[IntegerBias]:
+    """All biases of a graph that can be int32; in graph order."""
     records = {record.name: record for record in table.records}
-    for node in model.ir.graph:
+    for node in graph:
         if (found := integer_bias(node, records)) is not None:
             yield found
 
@@ -87,7 +87,7 @@ def _bias_name(node: Any) -> str | None:
 def fit_biases(model: Model, table: CalibrationTable) -> CalibrationTable:
     """``table`` with larger scales of weights where a bias at s_x·s_w would overflow int32."""
     least: dict[str, Floats] = {}
-    for bias in integer_biases(model, table):
+    for bias in integer_biases(model.ir.graph, table):
         values = np.abs(model.weight(bias.name).astype(np.float64))
         if bias.weight.scale.size == 1:
             values = values.max(keepdims=True)

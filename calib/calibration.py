@@ -18,7 +18,9 @@ from calib.errors import CalibError, CalibratorError, ObservationsError
 from calib.granularity import Blocked, PerTensor, pieces, to_groups
 from calib.graph import Model, Skipped
 from calib.observations import Observations, pooled
+from calib.planning import Plan, TensorSpec
 from calib.qtypes import QuantType
+from calib.rules import Reduction, Rules
 from calib.stacking import (
     Answers,
     Asked,
@@ -30,7 +32,7 @@ from calib.stacking import (
     spread,
 )
 from calib.table import CalibrationTable, TensorRecord, decibels
-from calib.targets import TARGETS, Plan, Reduction, Rules, TensorSpec
+from calib.targets import TARGETS
 from calib.zeropoints import shifted
 
 _MOST = 1 << 20  # values of weights at a time; a value takes 40 bytes meanwhile
@@ -297,9 +299,8 @@ def _portions(model: Model, stack: list[_Tensor]) -> Iterator[tuple[_Portion, in
     for start in range(0, len(stack), _COUNTERS):
         owners = stack[start : start + _COUNTERS]
         counters = [owner.counter for owner in owners if owner.counter is not None]
-        if (batches := owners[0].batches) is None:
-            work = partial(of_counters, counters, asked, dtype)
-        else:
+        work = partial(of_counters, counters, asked, dtype)
+        if (batches := owners[0].batches) is not None:
             work = partial(of_batches, counters[0], batches, asked, dtype)
         yield (owners, work), len(counters) * _LIKE_A_COUNTER
 
@@ -313,9 +314,8 @@ def _weights(
     size, most = 0, _FIRST
     for tensor in stack:
         weight = model.weight(tensor.name)
-        whole = isinstance(tensor.granularity, PerTensor)
-        cuts = pieces(weight.shape, tensor.granularity, weight.size if whole else _MOST)
-        for index, _ in cuts:
+        most_each = weight.size if isinstance(tensor.granularity, PerTensor) else _MOST
+        for index, _ in pieces(weight.shape, tensor.granularity, most_each):
             part = weight[index].astype(np.float32, copy=False)
             if values and size + part.size > most:
                 yield owners, values

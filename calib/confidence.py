@@ -13,9 +13,10 @@ from calib.counterfile import Counters
 from calib.distribution import Distribution, Floats, Histogram
 from calib.graph import Model
 from calib.observations import Observations
+from calib.planning import Plan
 from calib.qtypes import QuantType
+from calib.rules import Rules
 from calib.table import TensorRecord
-from calib.targets import Plan, Rules
 
 # A threshold 5 % off the optimum of OCTAV adds at most 0.19 dB to the MSE at 4 bits and 0.25 dB at
 # 8, one 10 % off 0.5 and 1.4 dB: on Gaussian, rectified Gaussian, Laplace and Student (5) data.

@@ -64,6 +64,8 @@ class Config:
     weight_format: str = "qdq"
     reduce: str = "pool"
     mean_batches: int | None = None
+    bias_correction: bool = False
+    equalize: bool = False
     only: str | None = None
     exclude: str | None = None
     op_types: tuple[str, ...] | None = None
@@ -242,6 +244,8 @@ class Config:
             ),
             target=self.target,
             reduce_range=self.reduce_range,
+            bias_correction=self.bias_correction,
+            equalize=self.equalize,
         )
 
     def to_bounds(self) -> Bounds:

@@ -16,8 +16,8 @@ from calib.distribution import Floats, Histogram
 from calib.granularity import Blocked, PerChannel, along_tensor, pieces, to_groups
 from calib.graph import Model
 from calib.observations import Observations
+from calib.planning import TensorSpec
 from calib.qtypes import QuantType
-from calib.targets import TensorSpec
 
 _BINS = 64
 _POINTS = 96

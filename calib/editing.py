@@ -51,6 +51,12 @@ class Editor:
             self.graph.insert_after(producer, node)
         return result
 
+    def input(self, name: str, shape: list[int]) -> ir.Value:
+        """A new float32 input of the graph."""
+        value = ir.val(self.new_name(name), ir.DataType.FLOAT, shape)
+        self.graph.inputs.append(value)
+        return value
+
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         """A new initializer."""
         return self.register(name, ir.tensor(np.asarray(array)))

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calib.bounds import Verdict
 from calib.calibration import calibrate
 from calib.comparison import Comparison
+from calib.correcting import check_correctable, corrected_on
 from calib.data import open_data
+from calib.equalizing import file_digest
 from calib.files import whole_file, write_texts, writing
-from calib.graph import Model, load_model
+from calib.graph import Model
 from calib.kernels import Kernels, has_vnni, integer_kernels
 from calib.matmulnbits import in_format
 from calib.observations import Observations
 from calib.packed import verify
+from calib.planning import make_plan
 from calib.report.calibrated import calibration_document
 from calib.report.document import figures, number, plain, verdict_facts, versions
 from calib.report.page import render_page
-from calib.resuming import appearing, check_files, observe_split, saved_observations
+from calib.resuming import appearing, check_files, observe_split, open_model, saved_observations
+from calib.rules import Rules
 from calib.run import Run, Split, check_weights_only
 from calib.saving import Quantized, external_files, free_data_name
+from calib.stages import Stages
 from calib.table import CalibrationTable, dumps
 from calib.targetrules import check_target
-from calib.targets import TARGETS, Rules, make_plan
+from calib.targets import TARGETS
 from calib.verification import Check
 from calib.write import write_qdq
 
@@ -126,9 +129,9 @@ def calibrate_model(
     Raises:
         CalibError: one of its kinds, in one line; nothing is written then.
     """
-    rules, run, stage = rules or Rules(), run or Run(), _Stages()
+    rules, run, stage = rules or Rules(), run or Run(), Stages()
     with stage("load"):
-        loaded = load_model(model, run.feedback)
+        loaded = open_model(model, rules, run)
         stage.large = loaded.n_bytes > _LARGE_BYTES
         plan = make_plan(loaded, rules)
         check_weights_only(rules, run)
@@ -136,6 +139,9 @@ def calibrate_model(
         check_files([target], loaded, data, run)
         saved = saved_observations(loaded, run)
         split = Split.of(open_data(loaded, data, run.reading), run, saved)
+        if rules.bias_correction:
+            unseen = saved is not None or rules.weights_only
+            check_correctable(split, made_up=data is None and unseen)
     with stage("observe"):
         halves = run.report is not None
         nothing = Observations(loaded.sha256, 0, {}) if rules.weights_only else None
@@ -143,6 +149,9 @@ def calibrate_model(
     with stage("calibrate"):
         table = calibrate(loaded, seen, plan, rules)
         table = table.with_manifest(_manifest(table, rules, run, data))
+    if rules.bias_correction:
+        with stage("correct"):
+            table = corrected_on(loaded, table, split)
     with stage("write"):
         quantized = write_qdq(loaded, table)
     observed = saved is not None or rules.weights_only
@@ -160,7 +169,7 @@ class _Work:
     observations: Observations
     quantized: Quantized
     target: Path
-    stage: _Stages
+    stage: Stages
     warnings: tuple[str, ...]
 
     def written(self) -> Calibration:
@@ -305,7 +314,7 @@ def _manifest(table: CalibrationTable, rules: Rules, run: Run, data: object) -> 
             "observations": run.observations and run.observations.name,
         },
         "versions": versions(),
-        "digests": {"model_sha256": table.model_sha256},
+        "digests": {"model_sha256": file_digest(table.model_sha256)},
         "n_samples": table.n_samples,
     }
 
@@ -328,20 +337,3 @@ def _saturates(rules: Rules) -> Iterator[str]:
             "this CPU has no VNNI: it adds products of 8-bit activations and weights in 16 bits, "
             "which saturate: use --reduce-range for machines like this one"
         )
-
-
-@dataclass(slots=True)
-class _Stages:
-    """Seconds by stage. Between those of a large model, memory is given back at once: graphs are
-    cyclic, and its weights hang on each copy."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    large: bool = False
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.large:
-            gc.collect()
-        self.seconds[name] = time.perf_counter() - start

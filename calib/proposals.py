@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from calib.planning import TensorSpec
 from calib.rules import Rules, TensorRule
 from calib.sensitivity import Sensitivity
 from calib.table import CalibrationTable
-from calib.targets import TensorSpec
 from calib.yaml_text import dump
 
 

@@ -11,15 +11,32 @@ from pathlib import Path
 from calib import cluster
 from calib.cluster import connected, observe_on
 from calib.counterfile import is_checkpoint
-from calib.errors import ObservationsError, OutputError
+from calib.equalizing import equalize
+from calib.errors import ObservationsError, OptionError, OutputError
 from calib.files import uninterrupted
-from calib.graph import Model, quantizable_uses
+from calib.graph import Model, load_model, quantizable_uses
 from calib.observations import Observations
 from calib.observing import Observing, observe
+from calib.planning import Plan
 from calib.report import page
+from calib.rules import Rules
 from calib.run import Run, Split, check_outputs
 from calib.shards import Task
-from calib.targets import Plan, Rules
+
+
+def open_model(path: str | Path, rules: Rules, run: Run) -> Model:
+    """The model at ``path``, equalized if ``rules`` say so.
+
+    Raises:
+        ModelError: as `load_model`.
+        OptionError: if workers, which read the model's file, shall observe an equalized one.
+    """
+    model = load_model(path, run.feedback)
+    if not rules.equalize:
+        return model
+    if run.on_workers:
+        raise OptionError("equalize works in one process: leave it out, or workers and scheduler")
+    return equalize(model)
 
 
 def observe_split(

@@ -33,9 +33,10 @@ from calib.distribution import Distribution, Floats
 from calib.errors import CalibError, DataError, ModelError, OptionError, one_line
 from calib.graph import Model, Skipped
 from calib.observations import Observations
+from calib.planning import Plan
 from calib.qtypes import QuantType
+from calib.rules import Rules
 from calib.table import CalibrationTable
-from calib.targets import Plan, Rules
 
 RIVALS = ("onnxruntime:minmax", "onnxruntime:entropy", "onnxruntime:percentile")
 

@@ -179,6 +179,8 @@ class Rules:
         reduce_range: weights of 7 bits at most, for CPUs whose sums of U8S8 products saturate.
         activations: their grids: ``symmetric``, ``asymmetric``, or ``auto``: with a zero point
             where that lowers the error.
+        bias_correction: whether the mean error of each output channel goes into the bias.
+        equalize: whether weights of layers that follow each other are balanced first.
 
     Raises:
         OptionError, CalibratorError: for a setting that is unknown or out of bounds.
@@ -196,6 +198,8 @@ class Rules:
     target: str = "generic"
     reduce_range: bool = False
     activations: str = "symmetric"
+    bias_correction: bool = False
+    equalize: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:

@@ -179,6 +179,11 @@ class Split:
                 yield batch
                 advance(batch.n_samples)
 
+    def again(self, stage: str) -> Iterator[Batch]:
+        """The batches that were observed, once more; shown as progress of ``stage``."""
+        n = self.n_calibration
+        return self._shown(stage, self.source.batches(0, n), n or self.source.n_samples)
+
     def evaluation(self, stage: str | None = "evaluate") -> Iterator[Batch]:
         """Batches to compare on: those not calibrated on, if any are left; of a source that can
         be gone through once only, its first. Shown as progress of ``stage``, if it has one."""

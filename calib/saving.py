@@ -32,6 +32,7 @@ class Quantized:
         biases: layer → name of its int32 bias, dequantized.
         sources: tensor → what its pair reads, where the tensor's name went to the pair, as it is an
             output of the model.
+        corrected: layer whose bias is corrected → name of the constant that holds it.
     """
 
     ir: ir.Model
@@ -42,6 +43,7 @@ class Quantized:
     external_data: bool = False
     biases: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    corrected: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:

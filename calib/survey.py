@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from calib.calibrators import make
 from calib.comparison import Comparison
 from calib.confidence import Confidence
-from calib.curves import Profile
+from calib.curves import Profile, profiles
 from calib.errors import OptionError
 from calib.graph import Model
 from calib.observations import Observations
@@ -179,3 +179,26 @@ def widened(rules: Rules, bits: int) -> Rules:
     edge = None if rules.widths.edge is None else max(bits, rules.widths.edge)
     overrides = (replace(rule, bits=rule.bits and max(bits, rule.bits)) for rule in rules.overrides)
     return replace(rules, widths=Widths(bits, bits, edge), overrides=tuple(overrides))
+
+
+def with_gains(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows, each with its gain over max at the same width."""
+    most = {row.bits: row.sqnr_db for row in rows if row.method == "max"}
+    return tuple(replace(row, gain_db=gain(row.sqnr_db, most.get(row.bits))) for row in rows)
+
+
+def gain(sqnr_db: float | None, base_db: float | None) -> float | None:
+    """How far an SQNR lies above another; None where either is unknown."""
+    if sqnr_db is None or base_db is None:
+        return None
+    return sqnr_db - base_db if sqnr_db != base_db else 0.0  # both may be infinite
+
+
+def profiled(model: Model, observations: Observations, rows: tuple[Row, ...]) -> Iterator[Profile]:
+    """Every tensor at the widths that it has in any row: first and last layers have their own."""
+    widths: dict[str, set[int]] = {}
+    for row in rows:
+        for record in row.table.records:
+            widths.setdefault(record.name, set()).add(record.qtype.bits)
+    for record in rows[0].table.records:
+        yield from profiles(model, observations, [record.spec], sorted(widths[record.name]))

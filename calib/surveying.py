@@ -12,24 +12,35 @@ from pathlib import Path
 from calib.arrays import Batch
 from calib.calibration import calibrate, calibrate_each
 from calib.confidence import Confidence, confidence
-from calib.curves import Profile, profiles
+from calib.correcting import check_correctable, corrected_on
 from calib.data import open_data
 from calib.errors import CalibratorError, ModelError, OptionError, VerificationError
-from calib.graph import Model, load_model
+from calib.graph import Model
 from calib.iterables import Batches
 from calib.observations import Observations
+from calib.planning import Plan, make_plan
 from calib.proposals import propose
 from calib.reference import Reference
-from calib.resuming import check_files, observe_split, saved_observations
+from calib.resuming import check_files, observe_split, open_model, saved_observations
 from calib.rivals import RIVALS, rival_ranges, rival_table
 from calib.rules import Rules, Widths
 from calib.run import Run, Split
 from calib.saving import size_ratio
 from calib.sensitivity import Sensitivity, sensitivity
-from calib.survey import Candidates, Measured, Row, Survey, comparable, detailed, wide_bits, widened
+from calib.survey import (
+    Candidates,
+    Measured,
+    Row,
+    Survey,
+    comparable,
+    detailed,
+    profiled,
+    wide_bits,
+    widened,
+    with_gains,
+)
 from calib.switchable import Switchable
 from calib.table import CalibrationTable
-from calib.targets import Plan, make_plan
 from calib.write import write_qdq
 
 _MOST_BYTES = 1_000_000_000  # a switchable model holds its weights three times
@@ -67,11 +78,11 @@ def compare_methods(
     with job.stage("calibrate"):
         rows = job.calibrated(loaded, seen, plan.activations)
     with job.stage("profile"):
-        shapes = tuple(_profiled(loaded, seen, rows))
+        shapes = tuple(profiled(loaded, seen, rows))
         sure = job.confidence(loaded, seen)
     with _reference(loaded, split) as reference:
         with job.stage("evaluate"):
-            rows = _with_gains(tuple(job.evaluated(loaded, rows, reference)))
+            rows = with_gains(tuple(job.evaluated(loaded, rows, reference)))
         with job.stage("sensitivity"):
             found, proposals = job.mended(loaded, seen, data, rows, reference)
     return Survey(
@@ -107,29 +118,11 @@ def _reference(model: Model, split: Split) -> Reference:
     return Reference(model, batches, run.runtime, metric=run.metric, first=first)
 
 
-def _profiled(model: Model, observations: Observations, rows: tuple[Row, ...]) -> Iterator[Profile]:
-    """Every tensor at the widths that it has in any row: first and last layers have their own."""
-    widths: dict[str, set[int]] = {}
-    for row in rows:
-        for record in row.table.records:
-            widths.setdefault(record.name, set()).add(record.qtype.bits)
-    for record in rows[0].table.records:
-        yield from profiles(model, observations, [record.spec], sorted(widths[record.name]))
-
-
-def _with_gains(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    most = {row.bits: row.sqnr_db for row in rows if row.method == "max"}
-    return tuple(replace(row, gain_db=_gain(row.sqnr_db, most.get(row.bits))) for row in rows)
-
-
-def _gain(sqnr_db: float | None, base_db: float | None) -> float | None:
-    if sqnr_db is None or base_db is None:
-        return None
-    return sqnr_db - base_db if sqnr_db != base_db else 0.0  # both may be infinite
-
-
-def _compared(model: Model, row: Row, reference: Reference) -> Row:
-    """``row`` with what its model does to the outputs, and how large that is."""
+def _compared(model: Model, row: Row, reference: Reference, split: Split | None) -> Row:
+    """``row`` with what its model does to the outputs, and how large that is; its biases are
+    corrected first on the samples of ``split``."""
+    if split is not None:
+        row = replace(row, table=corrected_on(model, row.table, split))
     quantized = write_qdq(model, row.table)
     ratio = size_ratio(model.ir, quantized)
     return replace(row, comparison=reference.compare(quantized.ir), size_ratio=ratio)
@@ -149,13 +142,16 @@ class _Job:
         self, path: str | Path, data: object
     ) -> tuple[Model, Observations | None, Split, Plan]:
         """The model, observations that are read instead of observing, the samples, the tensors."""
-        model = load_model(path, self.run.feedback)
+        model = open_model(path, self.rules, self.run)
         check_files([], model, data, self.run)
         saved = saved_observations(model, self.run)
         source = open_data(model, data, self.run.reading)
         if self.candidates.onnxruntime and isinstance(source, Batches) and source.once_only:
             raise OptionError("with-onnxruntime needs data that can be gone through again")
         self.split = Split.of(source, self.run, saved)
+        if self.rules.bias_correction:
+            unseen = saved is not None or self.rules.weights_only
+            check_correctable(self.split, made_up=data is None and unseen)
         return model, saved, self.split, make_plan(model, self.rules)
 
     def halved(self, model: Model, data: object) -> Split:
@@ -168,6 +164,11 @@ class _Job:
             return self.split
         reading = replace(self.run.reading, batch_size=max(1, n // _EVEN_BATCHES))
         return replace(self.split, source=open_data(model, data, reading))
+
+    @property
+    def correcting(self) -> Split | None:
+        """The samples to correct biases on, if that was asked for."""
+        return self.split if self.rules.bias_correction else None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -278,7 +279,7 @@ class _Job:
         with self.run.progress("evaluate", reference.n_samples * len(rows)) as advance:
             for row in rows:
                 try:
-                    yield _compared(model, row, reference)
+                    yield _compared(model, row, reference, self.correcting)
                 except (ModelError, VerificationError) as error:
                     note = f"{row.method} at {row.bits} bits: {error}"
                     self.notes.append(note)
@@ -329,7 +330,7 @@ class _Job:
         with self.run.progress("proposals", reference.n_samples * len(changes)) as advance:
             for change, row in changes:
                 with self.noted(f"{change.title} was not measured"):
-                    after = _compared(model, row, reference)
+                    after = _compared(model, row, reference, self.correcting)
                     proposals.append(Measured(change, before, after, wide))
                 advance(reference.n_samples)
         return found, tuple(proposals)

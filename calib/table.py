@@ -15,8 +15,8 @@ from calib.distribution import Floats
 from calib.errors import ModelError
 from calib.granularity import PerChannel, PerTensor
 from calib.graph import Model, Skipped
+from calib.planning import TensorSpec
 from calib.qtypes import QuantType
-from calib.targets import TensorSpec
 
 SCHEMA = 1
 
@@ -92,6 +92,7 @@ class CalibrationTable:
         skipped: nodes and tensors that stay float, with reasons.
         manifest: options, versions and digests; goes into the written model too.
         target: the runtime that it was made for.
+        bias_corrections: layer → float64 ``(C,)``, what is added to its bias.
     """
 
     model_sha256: str
@@ -100,6 +101,7 @@ class CalibrationTable:
     skipped: tuple[Skipped, ...]
     manifest: Mapping[str, Any] = field(default_factory=dict)
     target: str = "generic"
+    bias_corrections: Mapping[str, Floats] = field(default_factory=dict)
 
     def check_model(self, model: Model) -> None:
         """Raises `ModelError` if the table was made for another model."""
@@ -112,6 +114,10 @@ class CalibrationTable:
     def with_manifest(self, manifest: Mapping[str, Any]) -> CalibrationTable:
         """The same table with another manifest."""
         return replace(self, manifest=dict(manifest))
+
+    def with_corrections(self, corrections: Mapping[str, Floats]) -> CalibrationTable:
+        """The same table with other bias corrections."""
+        return replace(self, bias_corrections=dict(corrections))
 
     def worst(self, n: int) -> tuple[TensorRecord, ...]:
         """The ``n`` records with the lowest SQNR."""
@@ -126,7 +132,12 @@ class CalibrationTable:
             "n_samples": self.n_samples,
             "tensors": [record.to_json() for record in self.records],
             "skipped": [{"name": s.name, "reason": s.reason} for s in self.skipped],
+            **self._corrections(),
         }
+
+    def _corrections(self) -> dict[str, Any]:
+        named = [{"name": n, "added": v.tolist()} for n, v in self.bias_corrections.items()]
+        return {"bias_corrections": named} if named else {}
 
 
 def dumps(document: Mapping[str, Any], indent: int | None = None) -> str:

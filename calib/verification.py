@@ -12,17 +12,20 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calib.arrays import Batch
+from calib.biases import place_corrections
 from calib.biasscales import integer_biases
 from calib.capture import EXACT, Runtime, Session, Values, version
 from calib.checker import check_file
 from calib.comparison import Difference, check_nan
+from calib.editing import Editor
 from calib.errors import VerificationError, one_line
-from calib.granularity import PerTensor, pieces
+from calib.granularity import pieces
 from calib.graph import Model
-from calib.prepare import all_names, remove_unused, unique_name
+from calib.prepare import remove_unused
 from calib.quantize import fake_quantize, quantize
 from calib.saving import Quantized
 from calib.table import TensorRecord
+from calib.unpaired import without_pairs
 
 # Folding reorders float32 arithmetic; agreement beyond this is rounding noise, whatever the grid.
 _SAME_DB = 100.0
@@ -90,8 +93,8 @@ def verify(
     ``quantized`` is, and
 
     - passes ``onnx.checker``, full check;
-    - computes what the original does, were its QDQ pairs left out (to 60 dB; 40 dB where float16
-      is computed with);
+    - computes what the original does, were its QDQ pairs and the corrections of biases that the
+      table states left out (to 60 dB; 40 dB where float16 is computed with);
     - stores exactly the integers that `calib.quantize` makes of the weights;
     - runs in onnxruntime with graph optimisation off and at the default level, its outputs free
       of NaN and every QDQ pair equal to `calib.quantize`, bit for bit, on ``batch``;
@@ -146,12 +149,16 @@ def _check_weights(check: Check, written: ir.Model) -> None:
 def _check_biases(check: Check, written: ir.Model) -> None:
     """Integers and scales are those that kernels add at s_x·s_w."""
     values = {v.name: v for node in written.graph for v in node.outputs}
-    found = {bias.node: bias for bias in integer_biases(check.model, check.quantized.table)}
+    graph, table = check.model.ir.clone(), check.quantized.table
+    place_corrections(Editor(graph), table.bias_corrections)
+    found = {bias.node: bias for bias in integer_biases(graph.graph, table)}
     for node, name in check.quantized.biases.items():
         bias, producer = found[node], values[name].producer()
         assert producer is not None
         integers, scale = (_constant(producer, position) for position in (0, 1))
-        wanted = bias.integers(check.model.weight(bias.name))
+        tensor = graph.graph.initializers[bias.name].const_value
+        assert tensor is not None
+        wanted = bias.integers(tensor.numpy())
         if not (
             np.array_equal(integers, wanted.squeeze())
             and np.array_equal(scale, bias.scale.squeeze())
@@ -209,66 +216,22 @@ def _check_pair(
             )
 
 
-def _without_pairs(check: Check) -> ir.Model:
-    """The written model, changed so that every consumer reads the float tensor again."""
-    written = ir.load(check.path)
-    values = {v.name: v for node in written.graph for v in node.outputs}
-    values.update({v.name: v for v in written.graph.inputs})
-    names = all_names(written)
-    for record in check.quantized.table.records:
-        if record.spec.kind == "weight":
-            tensor = check.model.ir.graph.initializers[record.name].const_value
-            name = unique_name(f"{record.name}_float", names)
-            source = ir.Value(name=name, const_value=tensor)
-            written.graph.register_initializer(source)
-        else:
-            source = values[check.quantized.sources.get(record.name, record.name)]
-        pair = values[check.quantized.dequantized[record.name]]
-        pair.replace_all_uses_with(source, replace_graph_outputs=True)
-        if record.name in check.quantized.sources:
-            pair.name, source.name = source.name, record.name
-    for bias in integer_biases(check.model, check.quantized.table):
-        if bias.node not in check.quantized.biases:
-            continue
-        tensor = check.model.ir.graph.initializers[bias.name].const_value
-        source = ir.Value(name=unique_name(f"{bias.name}_float", names), const_value=tensor)
-        written.graph.register_initializer(source)
-        values[check.quantized.biases[bias.node]].replace_all_uses_with(source)
-    remove_unused(written)
-    for name, value in written.graph.initializers.items():
-        # Read from the float model where equal: onnxruntime takes external data of one folder.
-        original = check.model.ir.graph.initializers.get(name)
-        if original is not None and _same_on_disk(value.const_value, original.const_value):
-            value.const_value = original.const_value
-    return written
-
-
-def _same_on_disk(one: object, other: object) -> bool:
-    if not isinstance(one, ir.ExternalTensor) or not isinstance(other, ir.ExternalTensor):
-        return False
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    arrays = [tensor.numpy().reshape(-1).view(np.uint8) for tensor in (one, other)]
-    parts = pieces(arrays[0].shape, PerTensor())
-    same = all(np.array_equal(arrays[0][index], arrays[1][index]) for index, _ in parts)
-    del arrays
-    one.release()
-    other.release()
-    return same
-
-
 def _check_unpaired(check: Check, expected: Values) -> None:
-    unpaired = check.run(_without_pairs(check))
+    unpaired = check.run(without_pairs(check.model, check.quantized, check.path))
     needed = _FLOAT16_DB if check.float16 else _UNPAIRED_DB
     for name, reference in expected.items():
         if reference.dtype.kind == "f":
             check_nan(name, reference, unpaired[name])
         if (found := sqnr_db(expected, unpaired, name)) < needed:
             raise VerificationError(
-                f"apart from its QDQ pairs the written model does not compute what the original "
-                f"does: SQNR {found:.1f} dB in output {name!r}, at least {needed:.0f} "
+                f"apart from {_left_out(check.quantized)} the written model does not compute what "
+                f"the original does: SQNR {found:.1f} dB in output {name!r}, at least {needed:.0f} "
                 f"needed{_raised(check.quantized)}; please report the model"
             )
+
+
+def _left_out(quantized: Quantized) -> str:
+    return "its QDQ pairs" + (" and bias corrections" if quantized.corrected else "")
 
 
 def _raised(quantized: Quantized) -> str:

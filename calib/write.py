@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calib.biases import move_bias, store_bias
+from calib.biases import correct_bias, correctable, move_bias, place_corrections, store_bias
 from calib.biasscales import integer_bias
+from calib.distribution import Floats
 from calib.editing import Editor
 from calib.granularity import Blocked, for_onnx, onnx_axis, onnx_block_size, pieces
 from calib.graph import Model
@@ -33,7 +34,7 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
     Every tensor of the table gets one QDQ pair that all its consumers read: activations
     QuantizeLinear → DequantizeLinear, behind a Clip where the grid is narrower than its storage
     type; weights their integers → DequantizeLinear. Biases of those consumers become an Add, or
-    what the table's target wants of them.
+    what the table's target wants of them, and hold the table's corrections.
 
     Raises:
         ModelError: if the table belongs to another model, or the opset cannot be raised.
@@ -51,6 +52,7 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
     for node in list(quantized.graph):
         if node.name in consumers and node.op_type in QUANTIZABLE_OPS:
             writer.bias(node, TARGETS[table.target].bias)
+    corrected = writer.corrections(table.bias_corrections)
     if (n_sums := writer.add_sums(consumers)) and table.target != "generic":
         notes = (*notes, f"{n_sums} Sum nodes of two inputs are Add now, which has integer kernels")
     for record in table.records:
@@ -60,16 +62,16 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
             writer.activation(record)
     remove_unused(quantized)
     quantized.metadata_props[METADATA_KEY] = dumps(table.manifest)
-    external = len(model.files) > 1
     return Quantized(
         quantized,
         table,
         writer.stored,
         writer.dequantized,
         notes,
-        external,
+        len(model.files) > 1,
         writer.biases,
         writer.sources,
+        corrected,
     )
 
 
@@ -93,6 +95,18 @@ class _Writer:
         self.dequantized: dict[str, str] = {}
         self.biases: dict[str, str] = {}
         self.sources: dict[str, str] = {}
+        # Where biases stay in their layers, corrections go there before they become integers.
+        self._inside = TARGETS[table.target].bias != "add"
+        corrections = table.bias_corrections if self._inside else {}
+        self._corrected = place_corrections(self.editor, corrections)
+
+    def corrections(self, corrections: Mapping[str, Floats]) -> dict[str, str]:
+        """Adds what is left of ``corrections`` behind layers; layer → constant that holds it, but
+        for those that are among integers."""
+        if self._inside:
+            return {n: held for n, held in self._corrected.items() if n not in self.biases}
+        layers = correctable(self._model.ir.graph, corrections)
+        return {r.node: correct_bias(self.editor, r, corrections[r.node]) for r in layers}
 
     def bias(self, node: ir.Node, kind: str) -> None:
         """Stores the bias of a layer as the target wants it."""

@@ -143,6 +143,11 @@ GROUPS: dict[str, list[click.Option]] = {
             shell_complete=one_of("pool", "mean"),
         ),
         _whole("--mean-batches", "Batches of --reduce mean.  [default: 5]"),
+        _flag(
+            "bias-correction",
+            "Put the mean error of each output channel into the bias: two more passes.",
+        ),
+        _flag("equalize", "Balance the weights of layers that follow each other first."),
     ],
     "Which tensors": [
         _option("--exclude", "Regular expression: nodes and tensors to keep float.", "REGEX"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from calib.comparison import Comparison
     from calib.graph import Skipped
     from calib.pipeline import Calibration
-    from calib.targets import Plan
+    from calib.planning import Plan
 
 _PIPE_WIDTH = 100_000
 _FEW = 5

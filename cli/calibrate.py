@@ -63,7 +63,7 @@ def command(config: Path | None, print_config: bool, **options: Any) -> int:
 
 def _dry_run(job: Config, rules: Rules) -> None:
     from calib.graph import load_model
-    from calib.targets import make_plan
+    from calib.planning import make_plan
 
     from ._show import show_plan
 

@@ -67,6 +67,8 @@ _GROUPS = {
             "activations",
             "reduce",
             "mean_batches",
+            "bias_correction",
+            "equalize",
         ),
         *_shared("The gate", "metric"),
     ],

@@ -35,7 +35,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib import CalibError, Rules, Run, Widths, calibrate_model
 from calib.capture import Runtime
-from calib.targets import Reduction
+from calib.rules import Reduction
 
 HALF = TensorProto.FLOAT16
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -12,8 +12,8 @@ from onnx import helper, numpy_helper
 from calib import Rules, Widths, load_model
 from calib.calibration import calibrate
 from calib.observations import Observations
+from calib.planning import make_plan
 from calib.table import CalibrationTable
-from calib.targets import make_plan
 
 DIMS = (100, 48, 70, 10)
 

@@ -21,8 +21,9 @@ from calib.calibration import calibrate
 from calib.capture import version
 from calib.graph import Model, load_model
 from calib.observing import Observing, observe
+from calib.planning import make_plan
+from calib.rules import Rules, Widths
 from calib.table import CalibrationTable
-from calib.targets import Rules, Widths, make_plan
 
 _ROOT = Path(__file__).resolve().parents[1]
 

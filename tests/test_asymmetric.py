@@ -16,10 +16,10 @@ from calib.counter import Counter
 from calib.distribution import Distribution, Floats, Histogram
 from calib.errors import CalibratorError
 from calib.granularity import PerTensor
+from calib.planning import TensorSpec
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.table import TensorRecord
-from calib.targets import TensorSpec
 
 METHODS = ("octav", "mse", "percentile", "max")
 _Z = np.random.default_rng(0).standard_normal(100_000)

@@ -27,10 +27,11 @@ from calib.granularity import to_groups
 from calib.graph import Model, load_model
 from calib.observations import Observations
 from calib.observing import Observing, observe
+from calib.planning import make_plan
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize
+from calib.rules import Reduction, Rules, Widths
 from calib.table import CalibrationTable, TensorRecord
-from calib.targets import Reduction, Rules, Widths, make_plan
 
 METHODS = ("octav", "percentile:99", "mse", "max", "entropy")
 # ``hidden`` is the magnitude of x: onnxruntime computes it alike in any batch.

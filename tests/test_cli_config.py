@@ -128,6 +128,8 @@ TYPED: dict[str, tuple[Sequence[object], str]] = {
     "reduce": (["--reduce", "mean"], "reduce: mean"),
     "batches of reduce": (["--reduce", "mean"], "mean-batches: 5"),
     "mean batches": (["--reduce", "mean", "--mean-batches", 9], "mean-batches: 9"),
+    "bias correction": (["--bias-correction"], "bias-correction: true"),
+    "equalize": (["--equalize"], "equalize: true"),
     "exclude": (["--exclude", "^a"], "exclude: ^a"),
     "only": (["--only", "conv1"], "only: conv1"),
     "op types": (["--op-types", "Conv, Gemm"], "op-types: [Conv, Gemm]"),

@@ -32,10 +32,11 @@ from calib.cluster import connected, observe_on
 from calib.data import Reading
 from calib.errors import CalibError, ClusterError, OptionError
 from calib.observing import Observing, observe
+from calib.planning import make_plan
 from calib.resuming import observe_split
+from calib.rules import Reduction
 from calib.run import Split
 from calib.shards import Shard, Task
-from calib.targets import Reduction, make_plan
 
 Capsys = pytest.CaptureFixture[str]
 

@@ -22,8 +22,9 @@ from calib.distribution import Samples
 from calib.graph import Model, load_model
 from calib.observations import Observations
 from calib.observing import Observing, observe
+from calib.planning import make_plan
 from calib.qtypes import QuantType
-from calib.targets import Reduction, Rules, make_plan
+from calib.rules import Reduction, Rules
 
 DIGITS = Path(__file__).resolve().parents[1] / "samples/digits"
 APART = """(float[N,6] x, float[N,5] z) => (float[N,2] y, float[N,2] u)

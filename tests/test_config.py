@@ -45,6 +45,8 @@ percentile: 99.9
 weight-granularity: per-tensor
 activations: asymmetric
 reduce: mean
+bias-correction: true
+equalize: true
 mean-batches: 3
 only: Conv
 exclude: head
@@ -113,6 +115,8 @@ def test_every_setting_is_read_in_its_type() -> None:
         weight_granularity="per-tensor",
         activations="asymmetric",
         reduce="mean",
+        bias_correction=True,
+        equalize=True,
         mean_batches=3,
         only="Conv",
         exclude="head",
@@ -171,6 +175,8 @@ def test_every_setting_reaches_the_rules_and_the_run() -> None:
         overrides=config.rules,
         target="openvino",
         reduce_range=True,
+        bias_correction=True,
+        equalize=True,
     )
     run = config.to_run()
     assert (run.samples, run.reading.batch_size, run.reading.seed) == (320, 16, 7)

@@ -20,10 +20,10 @@ from calib.distribution import Samples
 from calib.granularity import PerChannel, to_groups
 from calib.graph import Model, load_model
 from calib.observations import Observations
+from calib.planning import make_plan
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.rules import Rules, Widths
-from calib.targets import make_plan
 
 WIDTHS = (2, 3, 4, 6, 8)
 LINEAR = """(float[N,6] x) => (float[N,5] y) { y = MatMul(x, weight) }"""

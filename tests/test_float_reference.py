@@ -23,8 +23,8 @@ from calib.comparison import Comparison, Scores, evaluate
 from calib.errors import DataError, OutputError, VerificationError
 from calib.graph import Model, load_model
 from calib.observing import observe
+from calib.planning import make_plan
 from calib.reference import Reference
-from calib.targets import make_plan
 from calib.write import write_qdq
 
 INTEGER = """(float[N,6] x) => (int64[N] chosen, float[N,4] a) <float[6,4] w> {

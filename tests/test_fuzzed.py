@@ -16,8 +16,8 @@ from calib.arrays import Batch
 from calib.comparison import Difference
 from calib.errors import ModelError, ObservationsError
 from calib.observations import Observations
+from calib.rules import Rules, Widths
 from calib.run import Run
-from calib.targets import Rules, Widths
 
 
 def written(path: Path, feed: Feed, bits: int = 16) -> Path:

@@ -23,9 +23,10 @@ from calib.errors import ObservationsError
 from calib.graph import Model, load_model
 from calib.observations import Observations
 from calib.observing import Observing, observe
+from calib.planning import make_plan
 from calib.resuming import observe_split
+from calib.rules import Rules
 from calib.run import Run, Split
-from calib.targets import Rules, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "samples/digits"

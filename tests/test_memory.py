@@ -21,8 +21,9 @@ from calib.errors import OptionError
 from calib.graph import Model, load_model
 from calib.memory import Fit, fit
 from calib.observing import Observing, observe
+from calib.planning import make_plan
+from calib.rules import Rules
 from calib.shapes import value_bytes
-from calib.targets import Rules, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 512

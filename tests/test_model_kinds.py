@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from calib import Calibration, Rules, Run, Widths, calibrate_model, load_model, make_plan
 from calib.capture import Runtime, newest_opset
 from calib.errors import ModelError, OptionError
-from calib.targets import Selection
+from calib.rules import Selection
 
 Feeds = list[Feed]
 

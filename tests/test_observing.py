@@ -20,7 +20,8 @@ from calib.errors import DataError, ModelError
 from calib.graph import Model, load_model
 from calib.observations import Observations
 from calib.observing import Observing, observe
-from calib.targets import Rules, make_plan
+from calib.planning import make_plan
+from calib.rules import Rules
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["hidden", "x"]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from test_target_models import net
 
 from calib.graph import Model
-from calib.targets import Rules, make_plan
+from calib.planning import make_plan
+from calib.rules import Rules
 from calib.write import write_qdq
 
 openvino: Any = pytest.importorskip("openvino")

@@ -25,8 +25,8 @@ from calib.errors import DataError, OptionError
 from calib.graph import load_model
 from calib.pipeline import Calibration, calibrate_model
 from calib.qtypes import WIDTHS
+from calib.rules import Reduction, Rules, Selection, Widths
 from calib.run import Run
-from calib.targets import Reduction, Rules, Selection, Widths
 
 TENSOR_FIELDS = {
     "name", "kind", "bits", "signed", "granularity", "threshold", "scale", "zero_point",

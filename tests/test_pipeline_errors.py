@@ -25,8 +25,8 @@ from calib.errors import (
     VerificationError,
 )
 from calib.pipeline import calibrate_model
+from calib.rules import Reduction, Rules, Selection
 from calib.run import Run
-from calib.targets import Reduction, Rules, Selection
 
 Contents = dict[str, bytes | None]
 

@@ -19,13 +19,13 @@ from calib.calibration import calibrate
 from calib.config import Config
 from calib.graph import Model, load_model
 from calib.observing import Observing, observe
+from calib.planning import make_plan
 from calib.proposals import Proposal, propose
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths
 from calib.run import Run
 from calib.sensitivity import Damage, Sensitivity
 from calib.survey import Candidates, Survey
 from calib.surveying import compare_methods
-from calib.targets import make_plan
 
 NAMES = (
     "a.b", "a+b", "a|b", "with space", "quote'd", 'double"d', "ünïcode.重み", "/layer/w:0",

@@ -17,7 +17,8 @@ from calib.calibration import calibrate
 from calib.errors import ObservationsError
 from calib.observations import Observations
 from calib.observing import Observing, observe
-from calib.targets import Reduction, Rules, make_plan
+from calib.planning import make_plan
+from calib.rules import Reduction, Rules
 from calib.write import write_qdq
 from cli.calibrate import main
 

@@ -21,7 +21,7 @@ from calib import Rules, Run, calibrate_model
 from calib.capture import Runtime
 from calib.data import Reading
 from calib.pipeline import Calibration
-from calib.targets import Reduction
+from calib.rules import Reduction
 
 Child = Callable[..., int]
 

@@ -23,9 +23,9 @@ from calib.errors import DataError, ModelError, OptionError
 from calib.graph import Model, load_model
 from calib.observations import Observations
 from calib.observing import observe
+from calib.planning import Plan, make_plan
 from calib.rivals import RIVALS, Ranges, rival_ranges, rival_table
 from calib.table import CalibrationTable
-from calib.targets import Plan, make_plan
 from calib.verification import verify
 from calib.write import write_qdq
 

@@ -18,9 +18,9 @@ from calib.errors import CalibError, CalibratorError, OptionError
 from calib.granularity import PerChannel, PerTensor
 from calib.graph import Model, load_model, quantizable_uses
 from calib.observing import Observing, observe
+from calib.planning import Plan, TensorSpec, make_plan
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths
 from calib.table import TensorRecord
-from calib.targets import Plan, TensorSpec, make_plan
 
 TWO_READERS = """(float[N,6] x) => (float[N,6] y, float[N,2] head)
 <float[6,6] first, float[6,6] second, float[6,6] last, float[6,2] side> {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -274,3 +275,35 @@ def test_the_benchmark_of_comparing_prints_what_every_method_takes(tmp_path: Pat
     methods = [line.split()[0] for line in lines[2:-1]]
     assert methods == ["octav", "mse", "percentile:99.9", "percentile:99.99", "max"]
     assert re.fullmatch(r"5 methods at 4, 6, 8 bits: \d+\.\d\d s", lines[-1])
+
+
+# --- low_bits ---------------------------------------------------------------------------------
+
+
+@needs_fixtures
+def test_the_table_of_low_bits_is_printed_for_chosen_rows_and_widths(tmp_path: Path) -> None:
+    written = tmp_path / "figures.json"
+    options = ("--nets", "resnet20", "--widths", "W4A4", "--rows", "octav,+ both")
+    low_bits = SAMPLES / "low_bits.py"
+    done = run_script(
+        low_bits, "--fixtures", FIXTURES, "--evaluate", 64, *options, "--json", written
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line[:30].strip() for line in done.stdout.strip().splitlines()] == [
+        *("resnet20", "float", "octav", "+ both"),
+    ]
+    figures = json.loads(written.read_text())["resnet20"]
+    assert all(list(found) == ["W4A4"] for found in figures.values())
+    assert abs(figures["octav"]["W4A4"] - figures["float"]["W4A4"]) < 10
+
+
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [
+        ("--nets", "resnet20,mobilenet"),
+        ("--widths", "W8A8,W6A6,W5A8,W4A8,W4A4,W3A3"),
+    ],
+)
+def test_a_choice_that_the_table_of_low_bits_lacks_is_one_line(option: str, known: str) -> None:
+    done = run_script(SAMPLES / "low_bits.py", option, "best")
+    assert (done.returncode, done.stderr) == (1, f"{option}: no 'best', only {known}\n")

@@ -19,11 +19,11 @@ from calib.comparison import Totals, evaluate
 from calib.data import Reading, open_data
 from calib.graph import Model, load_model
 from calib.observing import observe
+from calib.planning import make_plan
 from calib.rules import Rules, TensorRule
 from calib.sensitivity import Sensitivity, sensitivity
 from calib.switchable import Switchable
 from calib.table import CalibrationTable
-from calib.targets import make_plan
 from calib.write import write_qdq
 
 DIGITS = Path(__file__).resolve().parents[1] / "samples/digits"

@@ -30,8 +30,8 @@ from calib.errors import CalibratorError, ModelError, OptionError
 from calib.pipeline import calibrate_model
 from calib.qtypes import QuantType
 from calib.rules import Reduction, Rules, Selection, TensorRule, Widths
-from calib.survey import Candidates, Survey
-from calib.surveying import _gain, compare_methods
+from calib.survey import Candidates, Survey, gain
+from calib.surveying import compare_methods
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_gain_is_what_a_method_has_above_max(survey: Survey) -> None:
     assert row_of(survey, "max", 3).gain_db == 0
 
 
-def test_without_max_there_is_no_gain(linear: Path) -> None:
+def test_without_max_there_is_nogain(linear: Path) -> None:
     candidates = Candidates(bits=(4,), methods=("octav", "mse"), sensitivity=False)
     assert [row.gain_db for row in compare_methods(linear, arrays(), candidates).rows] == [None] * 2
 
@@ -103,9 +103,9 @@ def test_integer_outputs_have_no_sqnr(save: Save) -> None:
 
 
 def test_where_nothing_is_lost_nothing_is_gained() -> None:
-    assert _gain(math.inf, math.inf) == 0.0
-    assert _gain(math.inf, 3.0) == math.inf
-    assert _gain(None, 3.0) is None
+    assert gain(math.inf, math.inf) == 0.0
+    assert gain(math.inf, 3.0) == math.inf
+    assert gain(None, 3.0) is None
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from calib.comparison import Difference
 from calib.data import open_data
 from calib.graph import Model, load_model
 from calib.observing import observe
+from calib.planning import make_plan
 from calib.rules import Rules, Selection, Widths
 from calib.switchable import Switchable
 from calib.table import CalibrationTable, TensorRecord
-from calib.targets import make_plan
 from calib.write import write_qdq
 
 DIGITS = Path(__file__).resolve().parents[1] / "samples/digits"

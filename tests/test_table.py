@@ -15,9 +15,10 @@ from models import MODELS
 from calib.errors import ModelError
 from calib.granularity import PerChannel, PerTensor
 from calib.graph import Skipped
+from calib.planning import TensorSpec
 from calib.qtypes import QuantType
+from calib.rules import Rules, Selection
 from calib.table import SCHEMA, CalibrationTable, TensorRecord, decibels, dumps
-from calib.targets import Rules, Selection, TensorSpec
 
 FIELDS = {
     "name", "kind", "bits", "signed", "granularity", "threshold", "scale", "zero_point",

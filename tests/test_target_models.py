@@ -16,10 +16,11 @@ from calib.biasscales import integer_biases
 from calib.errors import OptionError
 from calib.graph import Model, load_model
 from calib.kernels import has_vnni, integer_kernels
-from calib.rules import TensorRule
+from calib.planning import make_plan
+from calib.rules import Rules, Selection, TensorRule, Widths
 from calib.saving import Quantized
 from calib.targetrules import broken_rules
-from calib.targets import TARGETS, Rules, Selection, Widths, make_plan
+from calib.targets import TARGETS
 from calib.verification import verify
 from calib.write import write_qdq
 

@@ -14,6 +14,7 @@ from models import parsed, values
 from calib.errors import VerificationError
 from calib.graph import load_model
 from calib.rules import TARGETS as NAMES
+from calib.rules import Rules
 from calib.targetrules import (
     RULES,
     Rule,
@@ -37,7 +38,7 @@ from calib.targetrules import (
     trt_types,
     weights_apart,
 )
-from calib.targets import TARGETS, Rules
+from calib.targets import TARGETS
 from calib.write import write_qdq
 
 # {0}: type of the activation's integers, {1}: of the weight's.

@@ -13,8 +13,9 @@ from models import MODELS, gemm, parsed, values
 from calib.errors import CalibratorError, ModelError, OptionError
 from calib.granularity import PerChannel, PerTensor
 from calib.graph import load_model, quantizable_uses
+from calib.planning import Plan, TensorSpec, make_plan
 from calib.qtypes import WIDTHS
-from calib.targets import Plan, Reduction, Rules, Selection, TensorSpec, Widths, make_plan
+from calib.rules import Reduction, Rules, Selection, Widths
 
 EDGE_NODES = {"/Conv/first", "/Conv/third"}
 

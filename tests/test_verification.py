@@ -19,8 +19,8 @@ from calib.arrays import Batch
 from calib.capture import Runtime, Session
 from calib.errors import CalibError, ModelError, VerificationError
 from calib.graph import Model, load_model
+from calib.rules import Rules, Selection, Widths
 from calib.saving import Quantized
-from calib.targets import Rules, Selection, Widths
 from calib.verification import verify
 from calib.write import write_qdq
 

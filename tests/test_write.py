@@ -19,9 +19,9 @@ from calib.granularity import PerTensor
 from calib.graph import Model, load_model
 from calib.qtypes import WIDTHS
 from calib.quantize import fake_quantize
+from calib.rules import Rules, Selection, Widths
 from calib.saving import Quantized
 from calib.table import TensorRecord
-from calib.targets import Rules, Selection, Widths
 from calib.write import write_qdq
 
 BITS = (2, 3, 4, 5, 8, 16)

@@ -16,8 +16,8 @@ from onnx import helper
 
 from calib.errors import ModelError, OutputError
 from calib.graph import load_model
+from calib.rules import Rules, Selection
 from calib.saving import Quantized
-from calib.targets import Rules, Selection
 from calib.write import METADATA_KEY, write_qdq
 
 Interface = list[tuple[str, int, list[str | int]]]

@@ -14,12 +14,12 @@ from calib.errors import VerificationError
 from calib.granularity import PerTensor, along_tensor, to_groups
 from calib.graph import Model, Skipped, Use, quantizable_uses
 from calib.observing import observe
+from calib.planning import TensorSpec
 from calib.qat.estimators import LEARNED
 from calib.qat.marking import Places
 from calib.qat.quantizer import Quantizer
 from calib.quantize import scale_from_threshold
 from calib.table import CalibrationTable, TensorRecord, decibels
-from calib.targets import TensorSpec
 
 # Of a step: folding a BatchNormalization rounds to float32, nothing else moves a weight.
 _OFF_GRID = 1e-2

@@ -10,11 +10,11 @@ from calib.confidence import confidence
 from calib.curves import profiles
 from calib.graph import Model
 from calib.observations import Observations
+from calib.planning import Plan
 from calib.report.document import blank, figures, float_facts, model_facts
 from calib.report.tensors import tensor_entries
 from calib.rules import Rules
 from calib.table import CalibrationTable
-from calib.targets import Plan
 
 
 def calibration_document(
