@@ -92,7 +92,7 @@ _HOME = {
     "Selection": "rules",
     "TensorRule": "rules",
     "Widths": "rules",
-    "make_plan": "targets",
+    "make_plan": "planning",
     "verify": "verification",
     "write_qdq": "write",
 }

@@ -88,24 +88,28 @@ def make_plan(model: Model, rules: Rules) -> Plan:
             chosen.setdefault(use.tensor, []).append(use)
         else:
             left_out.append(Skipped(f"{use.tensor} of {use.node}", reason))
-    if rules.weights_only and all(use.kind == "activation" for use in uses):
-        raise OptionError(
-            f"{model.path}: activation-bits none leaves nothing to quantize: none of its "
-            f"{len(uses)} quantizable tensors is a weight"
-        )
-    refusals = (_refused(use, target) or _tied(use, uses, target) for use in uses)
-    if not chosen and (reason := next(filter(None, refusals), None)):
-        raise OptionError(
-            f"target {target.name}: nothing left to quantize: {reason}: use target generic"
-        )
     if not chosen:
-        last = ", --op-types and rules" if rules.overrides else " and --op-types"
-        raise OptionError(f"nothing left to quantize: --only, --exclude{last} leave none")
+        raise OptionError(_nothing_left(model, uses, rules))
     specs = tuple(_specs(model, chosen, target, rules))
     _check_finite(model, [spec.name for spec in specs if spec.kind == "weight"])
     if rules.block_size is not None:
         _check_blocks(model, specs, rules.block_size)
     return Plan(specs, (*left_out, *_without_weights(uses, rules), *skipped))
+
+
+def _nothing_left(model: Model, uses: tuple[Use, ...], rules: Rules) -> str:
+    """Why none of ``uses`` is to be quantized."""
+    target = TARGETS[rules.target]
+    if rules.weights_only and all(use.kind == "activation" for use in uses):
+        return (
+            f"{model.path}: activation-bits none leaves nothing to quantize: none of its "
+            f"{len(uses)} quantizable tensors is a weight"
+        )
+    refusals = (_refused(use, target) or _tied(use, uses, target) for use in uses)
+    if reason := next(filter(None, refusals), None):
+        return f"target {target.name}: nothing left to quantize: {reason}: use target generic"
+    last = ", --op-types and rules" if rules.overrides else " and --op-types"
+    return f"nothing left to quantize: --only, --exclude{last} leave none"
 
 
 def _without_weights(uses: tuple[Use, ...], rules: Rules) -> list[Skipped]:

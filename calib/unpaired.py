@@ -17,8 +17,8 @@ _BIAS = 2  # its position among a layer's inputs
 
 
 def without_pairs(model: Model, quantized: Quantized, path: Path) -> ir.Model:
-    """The model at ``path``, changed so that every consumer reads the float tensor again; biases are
-    the original's, without what the table says was added."""
+    """The model at ``path``, changed so that every consumer reads the float tensor again, and
+    biases are the original's."""
     written = ir.load(path)
     values = {v.name: v for node in written.graph for v in node.outputs}
     values.update({v.name: v for v in written.graph.inputs})

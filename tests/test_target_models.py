@@ -159,7 +159,7 @@ def test_an_output_made_in_integers_keeps_its_name_and_is_what_others_read(
 def test_a_bias_is_int32_at_exactly_the_product_of_the_scales(save: Save, tmp_path: Path) -> None:
     model = net(save)
     quantized, _ = written(model, ORT, tmp_path / "written.onnx")
-    found = list(integer_biases(model, quantized.table))
+    found = list(integer_biases(model.ir.graph, quantized.table))
     assert len(found) == 4
     initializers = quantized.ir.graph.initializers
     for bias in found:
@@ -181,7 +181,7 @@ def test_scales_are_raised_where_a_bias_would_overflow_int32(save: Save, tmp_pat
     quantized, batch = written(model, ORT, path)
     (record,) = [r for r in quantized.table.records if r.name == "k1"]
     assert "1 of 8 scales raised, for the bias to fit into int32" in record.notes
-    (bias,) = [b for b in integer_biases(model, quantized.table) if b.name == "b1"]
+    (bias,) = [b for b in integer_biases(model.ir.graph, quantized.table) if b.name == "b1"]
     restored = bias.integers(given["b1"]) * bias.scale.astype(np.float64)
     assert np.allclose(restored, given["b1"], rtol=1e-6, atol=bias.scale.max())
     verify(model, quantized, path, batch)
