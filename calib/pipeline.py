@@ -227,10 +227,11 @@ class _Work:
         sqnr_db = comparison.output_sqnr_db
         if sqnr_db >= _LOW_SQNR_DB or self.warnings == _no_data(synthetic=True, observed=True):
             return ()
+        first = "" if self.rules.bias_correction else "--bias-correction, "
         worst = (f"{r.name!r} ({r.sqnr_db:.1f} dB)" for r in self.quantized.table.worst(3))
         text = (
             f"output SQNR is {sqnr_db:.1f} dB, accuracy has likely collapsed. Worst tensors: "
-            f"{', '.join(worst)}. Try more bits, --exclude for these, or another --method; "
+            f"{', '.join(worst)}. Try {first}more bits, --exclude for these, or another --method; "
             f"octav-compare finds the layers that hurt"
         )
         return (text,)

@@ -287,8 +287,8 @@ def test_a_low_sqnr_is_warned_of_with_the_three_worst_tensors(save: Save) -> Non
     worst = ", ".join(f"{name!r} ({db:.1f} dB)" for db, name in known[:3])
     assert warning == (
         f"output SQNR is {result.comparison.output_sqnr_db:.1f} dB, accuracy has likely "
-        f"collapsed. Worst tensors: {worst}. Try more bits, --exclude for these, or another "
-        f"--method; octav-compare finds the layers that hurt"
+        f"collapsed. Worst tensors: {worst}. Try --bias-correction, more bits, --exclude for "
+        f"these, or another --method; octav-compare finds the layers that hurt"
     )
     assert calibrate_model(path, [feed["tokens"]], all_bits(8)).warnings == ()
 
