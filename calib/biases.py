@@ -186,8 +186,8 @@ def _add_behind(
     editor.values[name] = total
 
 
-def move_bias(editor: Editor, node: ir.Node) -> None:
-    """Turns the bias of ``node`` into an Add behind it.
+def move_bias(editor: Editor, node: ir.Node) -> str | None:
+    """Turns the bias of ``node`` into an Add behind it, and returns the name of what is added.
 
     onnxruntime rounds the float bias of DequantizeLinear → Conv → QuantizeLinear to int32 at
     s_x·s_w, at 4 bits visibly (method.md, section 4); it leaves an Add alone.
@@ -195,7 +195,7 @@ def move_bias(editor: Editor, node: ir.Node) -> None:
     if node.op_type == "MatMul":
         _keep_from_gemm(editor, node)
     if node.op_type == "MatMul" or len(node.inputs) < 3 or node.inputs[2] is None:
-        return
+        return None
     bias = node.inputs[2]
     node.resize_inputs(2)
     if node.op_type == "Gemm":
@@ -205,6 +205,7 @@ def move_bias(editor: Editor, node: ir.Node) -> None:
     else:
         bias = _channels_first(editor, bias, node)
     _add_behind(editor, node.outputs[0], bias, f"{node.name}_bias", "without_bias")
+    return bias.name
 
 
 def store_bias(editor: Editor, node: ir.Node, bias: IntegerBias) -> str:

@@ -7,11 +7,13 @@ from calib.errors import OptionError
 WEIGHT_FORMATS = ("qdq", "matmulnbits", "matmulnbits-int8")
 # What onnxruntime's MatMulNBits computes with: MLAS takes these lengths and no other.
 FUSED_SIZES = (16, 32, 64, 128, 256)
-_MOST_BITS = 8
+OPERATOR_BITS = 8
 _SMALLEST = 2  # of one value, each would be its own scale
 
 
-def check_blocks(block_size: int | None, weight_format: str, weight_granularity: str) -> None:
+def check_blocks(
+    block_size: int | None, weight_format: str | None, weight_granularity: str
+) -> None:
     """Raises `OptionError` where settings of blocks are out of bounds, or contradict others."""
     if weight_format not in WEIGHT_FORMATS:
         raise OptionError(
@@ -36,7 +38,7 @@ def check_blocks(block_size: int | None, weight_format: str, weight_granularity:
         )
 
 
-def check_operator(weight_format: str, weights: int, activations: int | None) -> None:
+def check_operator(weight_format: str | None, weights: int, activations: int | None) -> None:
     """Raises `OptionError` where onnxruntime's operator cannot hold tensors of these widths."""
     if weight_format == "qdq":
         return
@@ -45,8 +47,8 @@ def check_operator(weight_format: str, weights: int, activations: int | None) ->
             f"weight-format {weight_format} takes activations as they are, activation-bits is "
             f"{activations}: make it none, or use qdq"
         )
-    if weights > _MOST_BITS:
+    if weights > OPERATOR_BITS:
         raise OptionError(
-            f"weight-format {weight_format} holds weights of 2 to {_MOST_BITS} bits, weight-bits "
-            f"is {weights}: choose fewer, or use qdq"
+            f"weight-format {weight_format} holds weights of 2 to {OPERATOR_BITS} bits, "
+            f"weight-bits is {weights}: choose fewer, or use qdq"
         )

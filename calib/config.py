@@ -61,7 +61,7 @@ class Config:
     weight_granularity: str = "per-channel"
     activations: str = "symmetric"
     block_size: int | None = None
-    weight_format: str = "qdq"
+    weight_format: str | None = None
     reduce: str = "pool"
     mean_batches: int | None = None
     bias_correction: bool = False

@@ -19,7 +19,14 @@ from calib.prepare import QUANTIZABLE_OPS
 from calib.saving import Quantized
 
 _SEVERITY_FATAL = 4
-_INTEGER = ("QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "QAttention")
+_INTEGER = (
+    "QGemm",
+    "MatMulIntegerToFloat",
+    "ConvInteger",
+    "MatMulInteger",
+    "QAttention",
+    "MatMulNBits",
+)
 _NUMBERED = re.compile(r"_token_\d+$|_nchwc$")
 _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 

@@ -92,9 +92,9 @@ def inputs_first(tensor: NDArray[Any], record: TensorRecord) -> NDArray[Any]:
     return tensor.T if isinstance(granularity, Blocked) and granularity.axis == 1 else tensor
 
 
-def in_format(quantized: Quantized, weight_format: str) -> Quantized:
+def in_format(quantized: Quantized, weight_format: str | None) -> Quantized:
     """A QDQ model with its blocks in one of `calib.blocks.WEIGHT_FORMATS`."""
-    if weight_format == "qdq":
+    if weight_format in (None, "qdq"):
         return quantized
     return with_operator(quantized, ACCURACY_LEVELS[weight_format])
 

@@ -219,7 +219,7 @@ class _Work:
 
     def _kernels(self, quantized: Quantized, path: Path) -> Kernels | None:
         target = TARGETS[self.rules.target]
-        if target.name != "onnxruntime":
+        if target.name != "onnxruntime" or self.rules.weight_format != "qdq":
             return None
         return integer_kernels(quantized, path, target, self.split.run.runtime)
 

@@ -25,6 +25,7 @@ class Target:
         name: as ``--target`` gives it.
         runtime: what messages call it.
         weight_bits, activation_bits: the widths it has integer kernels for; empty for all.
+        alone_bits: widths of weights where activations stay float; empty for all.
         grid: of activations: unsigned with a zero point, signed and symmetric, or as the rules say.
         bias: an Add behind the layer, int32 at s_x·s_w, or float as it was.
         layers: weighted operators that are quantized.
@@ -45,6 +46,7 @@ class Target:
     runtime: str
     weight_bits: tuple[int, ...] = ()
     activation_bits: tuple[int, ...] = ()
+    alone_bits: tuple[int, ...] = ()
     grid: Grid = "any"
     bias: Bias = "add"
     layers: tuple[str, ...] = QUANTIZABLE_OPS

@@ -76,6 +76,7 @@ def make_plan(model: Model, rules: Rules) -> Plan:
             f"float16 inputs{first}"
         )
     target = TARGETS[rules.target]
+    _check_target(rules, target)
     _check_patterns(_all_uses(model, uses, target), rules)
     chosen: dict[str, list[Use]] = {}
     left_out: list[Skipped] = []
@@ -140,19 +141,40 @@ def _check_blocks(model: Model, specs: tuple[TensorSpec, ...], size: int) -> Non
         )
 
 
+def _check_target(rules: Rules, target: Target) -> None:
+    """Raises `OptionError` for settings that are not for this target."""
+    if target.name == "generic":
+        return
+    if rules.block_size is not None and not rules.weights_only:
+        raise OptionError(
+            f"target {target.name}: block-size {rules.block_size}: beside quantized activations it "
+            f"takes a scale a channel: leave block-size out, or make activation-bits none"
+        )
+    if rules.weight_format != "qdq" and target.name != "onnxruntime":
+        raise OptionError(
+            f"target {target.name}: weight-format {rules.weight_format} is onnxruntime's own: use "
+            f"qdq"
+        )
+    if rules.activations not in ("symmetric", target.grid):
+        raise OptionError(
+            f"target {target.name}: activations {rules.activations}: it has {target.grid} grids "
+            f"alone: leave activations out"
+        )
+
+
 def _specs(
     model: Model, chosen: dict[str, list[Use]], target: Target, rules: Rules
 ) -> Iterator[TensorSpec]:
     if not target.spreads:
         for group in chosen.values():
-            yield _on_target(_merge(group, rules), target, group)
+            yield _on_target(_merge(group, rules), rules, group)
         return
 
     def allowed(use: Use) -> bool:
         return _reason_against(replace(use, op_type=rules.selection.op_types[0]), rules) is None
 
     for placed in place(model, target, chosen, allowed).values():
-        yield _on_target(_placed(placed, rules), target, placed.uses)
+        yield _on_target(_placed(placed, rules), rules, placed.uses)
 
 
 def _placed(placed: Placed, rules: Rules) -> TensorSpec:
@@ -169,23 +191,30 @@ def _placed(placed: Placed, rules: Rules) -> TensorSpec:
     return spec
 
 
-def _on_target(spec: TensorSpec, target: Target, uses: Sequence[Use]) -> TensorSpec:
-    """``spec`` on the grid of ``target``.
+def _on_target(spec: TensorSpec, rules: Rules, uses: Sequence[Use]) -> TensorSpec:
+    """``spec`` on the grid of the target.
 
     Raises:
         OptionError: if the target has no kernels for its width.
     """
+    target = TARGETS[rules.target]
     allowed = target.weight_bits if spec.kind == "weight" else target.activation_bits
+    allowed = target.alone_bits if rules.weights_only else allowed
     if allowed and spec.bits not in allowed:
         widths = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 1 else f"{allowed[0]}"
         raise OptionError(
             f"target {target.name}: {spec.kind} {spec.name!r} of {spec.bits} bits: "
-            f"{target.runtime} computes with {widths}: use {spec.kind}-bits {allowed[-1]}, or "
-            f"target generic"
+            f"{target.runtime} computes with {widths}{' beside floats' * rules.weights_only}: use "
+            f"{spec.kind}-bits {allowed[-1]}{_and_edges(spec, rules)}, or target generic"
         )
     of_layer = any(use.op_type in QUANTIZABLE_OPS for use in uses)
     of_layer = of_layer and spec.kind == "weight"
     return spec if of_layer or target.grid == "any" else replace(spec, grid=target.grid)
+
+
+def _and_edges(spec: TensorSpec, rules: Rules) -> str:
+    edges = spec.bits != rules.widths.of(spec.kind, edge=False)
+    return " and edge-bits the same" if edges else ""
 
 
 def _check_finite(model: Model, weights: list[str]) -> None:

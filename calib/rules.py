@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from calib.blocks import check_blocks, check_operator
+from calib.blocks import FUSED_SIZES, OPERATOR_BITS, check_blocks, check_operator
 from calib.calibrators import make
 from calib.errors import OptionError
 from calib.graph import Kind, Use
@@ -171,7 +171,8 @@ class Rules:
         block_size: so many weights of a MatMul or Gemm, along its input axis, share a threshold;
             None for whole channels.
         weight_format: how blocks are written: ``qdq``, or as onnxruntime's own operator
-            ``matmulnbits`` or ``matmulnbits-int8``, see `calib.matmulnbits`.
+            ``matmulnbits`` or ``matmulnbits-int8``, see `calib.matmulnbits`. None for the operator
+            where the target is onnxruntime and it can hold them, else for qdq.
         reduction: of activations over batches.
         selection: which uses of tensors are quantized at all.
         overrides: for single tensors; of those that match, the first decides.
@@ -191,7 +192,7 @@ class Rules:
     weight_method: str | None = None
     weight_granularity: str = "per-channel"
     block_size: int | None = None
-    weight_format: str = "qdq"
+    weight_format: str | None = None
     reduction: Reduction = field(default_factory=Reduction)
     selection: Selection = field(default_factory=Selection)
     overrides: tuple[TensorRule, ...] = ()
@@ -207,6 +208,10 @@ class Rules:
         if self.activations not in GRIDS:
             raise OptionError(f"activations must be {_or(GRIDS)}, got {self.activations!r}")
         _check_granularity("weight-granularity", self.weight_granularity)
+        if self.weight_format is None:
+            own = self.target == "onnxruntime" and self.weights_only
+            own = own and self.block_size in FUSED_SIZES and self.widths.weights <= OPERATOR_BITS
+            object.__setattr__(self, "weight_format", "matmulnbits" if own else "qdq")
         check_blocks(self.block_size, self.weight_format, self.weight_granularity)
         check_operator(self.weight_format, self.widths.weights, self.widths.activations)
         if self.weights_only:

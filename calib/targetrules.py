@@ -150,10 +150,15 @@ def trt_pairs_meet(graph: ir.Graph) -> Iterator[str]:
 
 
 def byte_types(graph: ir.Graph) -> Iterator[str]:
-    """Integer kernels are for 8 bits, biases apart."""
+    """Integer kernels are for 8 bits, biases apart; so are not weights that floats multiply."""
+    alone = {
+        pair
+        for node in _layers(graph)
+        if (pair := _dequantize(node.inputs[1])) is not None and _dequantize(node.inputs[0]) is None
+    }
     for node in _pairs(graph):
         dtype = _integer_type(node)
-        if dtype not in (*_BYTES, ir.DataType.INT32):
+        if dtype not in (*_BYTES, ir.DataType.INT32) and node not in alone:
             yield f"{_where(node)} is {dtype.name}, integer kernels take 8 bits"
 
 
@@ -164,9 +169,8 @@ def signed_weights(graph: ir.Graph) -> Iterator[str]:
         if pair is None or not _of_constant(pair):
             continue
         zero_point = _constant(pair, 2)
-        if _integer_type(pair) is not ir.DataType.INT8 or (
-            zero_point is not None and zero_point.any()
-        ):
+        signed = _integer_type(pair) in (ir.DataType.INT8, ir.DataType.INT4)
+        if not signed or (zero_point is not None and zero_point.any()):
             yield f"the weight of {node.name!r} is not signed and symmetric"
 
 

@@ -114,7 +114,9 @@ class _Writer:
             return
         found = integer_bias(node, self._records) if kind == "int32" else None
         if found is None:
-            move_bias(self.editor, node)
+            moved = move_bias(self.editor, node)
+            if moved is not None and node.name in self._corrected:
+                self._corrected[node.name] = moved
         else:
             self.biases[found.node] = store_bias(self.editor, node, found)
 

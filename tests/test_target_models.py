@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +16,11 @@ from models import MODELS, feed_for, parsed, run, values
 
 from calib.arrays import Batch
 from calib.biasscales import integer_biases
-from calib.errors import OptionError
+from calib.correcting import correct_biases
+from calib.errors import OptionError, VerificationError
 from calib.graph import Model, load_model
 from calib.kernels import has_vnni, integer_kernels
+from calib.pipeline import calibrate_model
 from calib.planning import make_plan
 from calib.rules import Rules, Selection, TensorRule, Widths
 from calib.saving import Quantized
@@ -86,6 +91,49 @@ def test_every_kind_of_model_is_written_within_the_rules_of_its_target_and_verif
     quantized, batch = written(model, rules, tmp_path / "written.onnx")
     assert list(broken_rules(quantized.ir, target)) == []
     verify(model, quantized, tmp_path / "written.onnx", batch)
+
+
+@pytest.mark.parametrize("target", INTEGER_TARGETS)
+@pytest.mark.parametrize("name", ["", *MODELS])
+def test_biases_are_corrected_where_the_target_keeps_them(
+    name: str, target: str, load: Load, save: Save, tmp_path: Path
+) -> None:
+    if name in WITHOUT_KERNELS.get(target, ()):
+        return
+    model, path = load(name) if name else net(save), tmp_path / "written.onnx"
+    table, feed = calibrated(model, Rules(target=target))
+    batch = Batch(feed)
+    table = correct_biases(model, table, lambda: [batch])
+    quantized = write_qdq(model, table).write(path)
+    assert list(broken_rules(quantized.ir, target)) == []
+    verify(model, quantized, path, batch)
+    plain = write_qdq(model, table.with_corrections({}))
+    if not name:
+        readers = {name for record in table.records for name in record.spec.consumers}
+        layers = {n.name for n in model.ir.graph if n.op_type in ("Conv", "Gemm")}
+        assert set(table.bias_corrections) == layers & readers
+        kinds = [[n.op_type for n in m.ir.graph] for m in (plain, quantized)]
+        stored = sum(kind == "DequantizeLinear" for kind in kinds[1])
+        # The layer that had no bias has one, in integers where biases are.
+        assert stored - sum(k == "DequantizeLinear" for k in kinds[0]) == (target == "onnxruntime")
+        assert [k for k in kinds[0] if k != "DequantizeLinear"] == [
+            k for k in kinds[1] if k != "DequantizeLinear"
+        ]
+
+
+@pytest.mark.parametrize("target", INTEGER_TARGETS)
+def test_a_correction_that_the_table_does_not_state_is_found(
+    target: str, save: Save, tmp_path: Path
+) -> None:
+    model, path = net(save), tmp_path / "written.onnx"
+    table, feed = calibrated(model, Rules(target=target))
+    name = next(str(n.name) for n in model.ir.graph if n.op_type == "Conv")
+    stated = table.with_corrections({name: np.full(8, 0.5)})
+    quantized = write_qdq(model, stated).write(path)
+    verify(model, quantized, path, Batch(feed))
+    silent = replace(quantized, table=table, corrected={})
+    with pytest.raises(VerificationError):
+        verify(model, silent, path, Batch(feed))
 
 
 def test_a_network_ends_in_integer_kernels_from_its_input_to_its_logits(
@@ -308,3 +356,70 @@ def test_feeds_of_the_net_fit_the_model(save: Save) -> None:
     proto = parsed(NET)
     onnx.checker.check_model(proto, full_check=True)
     assert run(save(proto), feed_for(proto))["logits"].shape == (8, 5)
+
+
+MATMULS = """(float[N,64] x) => (float[N,10] y) <float[64,96] w1, float[96,10] w2> {
+  up = MatMul(x, w1)
+  act = Relu(up)
+  y = MatMul(act, w2)
+}"""
+
+
+def matmuls(save: Save) -> Path:
+    return save(parsed(MATMULS))
+
+
+def test_onnxruntime_gets_blocks_as_its_own_operator_unless_told_otherwise(save: Save) -> None:
+    path, four = matmuls(save), Widths(4, None, 4)
+    rules = Rules(four, block_size=32, target="onnxruntime")
+    for chosen, expected in ((rules, 2), (replace(rules, weight_format="qdq"), 0)):
+        out = path.with_name(f"{expected}.onnx")
+        made = calibrate_model(path, None, chosen, out)
+        assert sum(n.op_type == "MatMulNBits" for n in onnx.load(out).graph.node) == expected
+        assert (made.kernels is None) == (expected == 2)
+        if made.kernels is not None:
+            assert set(made.kernels.integer) == {"MatMulNBits"}
+    assert Rules(four, block_size=24, target="onnxruntime").weight_format == "qdq"
+    assert Rules(four, block_size=32).weight_format == "qdq"
+
+
+def test_tensorrt_takes_4_bit_weights_alone(save: Save) -> None:
+    path = matmuls(save)
+    rules = Rules(Widths(4, None, 4), block_size=32, target="tensorrt")
+    out = path.with_name("four.onnx")
+    calibrate_model(path, None, rules, out)
+    stored = {t.data_type for t in onnx.load(out).graph.initializer}
+    assert onnx.TensorProto.INT4 in stored
+
+
+TOLD = [
+    (
+        {"target": "tensorrt", "widths": Widths(4, None), "block_size": 32},
+        "TensorRT computes with 4 beside floats: use weight-bits 4 and edge-bits the same",
+    ),
+    (
+        {"target": "onnxruntime", "block_size": 32},
+        "target onnxruntime: block-size 32: beside quantized activations it takes a scale",
+    ),
+    (
+        {
+            "target": "openvino",
+            "widths": Widths(8, None),
+            "block_size": 32,
+            "weight_format": "matmulnbits",
+        },
+        "target openvino: weight-format matmulnbits is onnxruntime's own: use qdq",
+    ),
+    (
+        {"target": "tensorrt", "activations": "auto"},
+        "target tensorrt: activations auto: it has signed grids alone: leave activations out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), TOLD)
+def test_settings_that_a_target_does_not_take_are_refused(
+    save: Save, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        make_plan(load_model(matmuls(save)), Rules(**settings))
