@@ -249,7 +249,7 @@ def _check_observations(observations: Observations, plan: Plan, rules: Rules) ->
     if missing:
         raise ObservationsError(
             f"activation {missing[0]!r} and {len(missing) - 1} others were not observed: "
-            f"observe again with the present --only, --exclude and --op-types"
+            f"observe again with the present --target, --only, --exclude and --op-types"
         )
     asked, kept = rules.reduction.kept_batches, len(observations.batches)
     if asked and kept < max(1, min(asked, observations.n_batches)):

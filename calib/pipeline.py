@@ -228,6 +228,7 @@ class _Work:
         if sqnr_db >= _LOW_SQNR_DB or self.warnings == _no_data(synthetic=True, observed=True):
             return ()
         first = "" if self.rules.bias_correction else "--bias-correction, "
+        first = "without --equalize, " if self.rules.equalize else first
         worst = (f"{r.name!r} ({r.sqnr_db:.1f} dB)" for r in self.quantized.table.worst(3))
         text = (
             f"output SQNR is {sqnr_db:.1f} dB, accuracy has likely collapsed. Worst tensors: "
@@ -291,6 +292,8 @@ def default_output(model: Model, rules: Rules) -> Path:
 def _observed_notes(observations: Observations, split: Split) -> Iterator[str]:
     n, wanted, names = observations.n_samples, split.n_calibration, observations.unmasked
     yield from observations.notes
+    if not observations.counters:  # of weights alone, nothing is observed
+        return
     if wanted is not None and n < wanted:
         yield f"{wanted} samples were asked for, there are {n}"
     if names:

@@ -158,7 +158,8 @@ class _Walk:
                 continue
             fused = max(branches, key=lambda v: order[v.producer()])
             other = node.inputs[0] if node.inputs[1] is fused else node.inputs[1]
-            if other is not fused and len(fused.uses()) == 1 and fused not in self.outputs:
+            alone = len(fused.uses()) == 1 and fused not in self.outputs
+            if other is not fused and alone and not _has_default(other):
                 self._add(other, node)
 
     def placed(self) -> dict[str, Placed]:
@@ -262,7 +263,7 @@ class _Walk:
                 self._share(carrier, value)
 
     def _may(self, value: Any, node: Any) -> bool:
-        if value.dtype is None or value.dtype.name != "FLOAT":
+        if value.dtype is None or value.dtype.name != "FLOAT" or _has_default(value):
             return False
         if is_constant(value) and node.op_type not in ("Add", "Mul", "Sum"):
             return False
@@ -288,6 +289,11 @@ class _Walk:
         together = names.union(*(self.grids.get(name, ()) for name in names))
         for name in together:
             self.grids[name] = together
+
+
+def _has_default(value: Any) -> bool:
+    """Whether it is an input of the model that has a value of its own where none is fed."""
+    return bool(value.is_initializer() and value.is_graph_input())
 
 
 def _moves(node: Any) -> bool:

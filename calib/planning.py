@@ -201,6 +201,11 @@ def _on_target(spec: TensorSpec, rules: Rules, uses: Sequence[Use]) -> TensorSpe
     allowed = target.weight_bits if spec.kind == "weight" else target.activation_bits
     allowed = target.alone_bits if rules.weights_only else allowed
     if allowed and spec.bits not in allowed:
+        if spec.kind == "weight" and rules.reduce_range:
+            raise OptionError(
+                f"target {target.name}: reduce-range is for CPUs without VNNI, {target.runtime} "
+                f"computes with {allowed[0]} bits: leave it out"
+            )
         widths = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 1 else f"{allowed[0]}"
         raise OptionError(
             f"target {target.name}: {spec.kind} {spec.name!r} of {spec.bits} bits: "
@@ -294,6 +299,8 @@ def _merge(uses: list[Use], rules: Rules) -> TensorSpec:
     if kind == "weight" and rules.reduce_range:
         bits = min(bits, REDUCED_BITS)
     granularity, notes = _granularity(uses, rules, rule)
+    if rule.bits is not None and rule.bits > bits:
+        notes = (*notes, f"{bits} bits instead of {rule.bits}, for reduce-range")
     return TensorSpec(
         uses[0].tensor,
         kind,

@@ -9,8 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from calib.planning import TensorSpec
 from calib.rules import Rules, TensorRule
 from calib.sensitivity import Sensitivity
+from calib.settings import key_of
 from calib.table import CalibrationTable
 from calib.yaml_text import dump
+
+_WHEN_UNUSUAL = (
+    *("weight_granularity", "activations", "block_size", "weight_format", "target"),
+    *("reduce_range", "bias_correction", "equalize"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +100,9 @@ def _yaml(rules: Rules) -> str:
     selection, usual = rules.selection, Rules()
     settings: dict[str, object] = {"bits": rules.widths.weights, "edge-bits": rules.widths.edge}
     settings["method"] = rules.method
-    if rules.weight_granularity != usual.weight_granularity:
-        settings["weight-granularity"] = rules.weight_granularity
-    if rules.activations != usual.activations:
-        settings["activations"] = rules.activations
-    if rules.block_size is not None:
-        settings["block-size"] = rules.block_size
+    for name in _WHEN_UNUSUAL:
+        if (value := getattr(rules, name)) != getattr(usual, name):
+            settings[key_of(name)] = value
     if rules.reduction.name != usual.reduction.name:
         settings |= {"reduce": rules.reduction.name, "mean-batches": rules.reduction.batches}
     settings |= {"only": selection.only, "exclude": selection.exclude}

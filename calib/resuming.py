@@ -58,7 +58,8 @@ def observe_split(
     if run.save_observations is None:
         return _observe(model, split, names, how)
     uses, _ = quantizable_uses(model)
-    names = tuple(dict.fromkeys(use.tensor for use in uses if use.kind == "activation"))
+    read = (use.tensor for use in uses if use.kind == "activation")
+    names = tuple(dict.fromkeys((*read, *names)))
     if split.source.identity is None or model.feedback or run.on_workers:
         return _observe(model, split, names, how)
     parts = split.source.identity, split.n_calibration, names, keep, run.padding_mask, "halves"

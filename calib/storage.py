@@ -139,6 +139,7 @@ def raise_opset(
     if before <= _LAST_OPSET_OF_OLD_RESIZE:
         _keep_resizing(model)
     kept = {value.name for node in model.graph for value in node.outputs}
+    kept |= set(model.graph.initializers)
     for place, value in _read_by_layers(model, table).items():  # new nodes come with new names
         if place in read and read[place].name not in kept:
             value.name = read[place].name

@@ -165,11 +165,17 @@ def wide_bits(bits: int) -> int:
 
 
 def comparable(rules: Rules) -> Rules:
-    """``rules``; raises `OptionError` where they leave methods nothing but weights to differ on."""
+    """``rules``; raises `OptionError` where they leave methods nothing but weights to differ on, or
+    are for a target whose widths the rows would leave."""
     if rules.weights_only:
         raise OptionError(
             "activation-bits none: methods are compared on weights and activations together; "
             "leave it out here, or compare runs of octav-calibrate with it"
+        )
+    if rules.target != "generic":
+        raise OptionError(
+            f"target {rules.target}: methods are compared on the placement of target generic; "
+            f"leave it out here, or compare runs of octav-calibrate with it"
         )
     return rules
 

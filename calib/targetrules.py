@@ -184,7 +184,7 @@ def bias_scales(graph: ir.Graph) -> Iterator[str]:
         data, weight, bias = (None if p is None else _constant(p, 1) for p in pairs)
         if data is None or weight is None or bias is None:
             yield f"the bias of {node.name!r} is quantized, and not both its inputs are"
-        elif not np.array_equal(data * weight, bias):
+        elif not np.array_equal((data * weight).ravel(), bias.ravel()):
             yield f"the scale of the bias of {node.name!r} is not that of its inputs' product"
 
 

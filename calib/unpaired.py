@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from calib.biases import place_corrections
+from calib.biasscales import integer_biases
+from calib.editing import Editor
+from calib.errors import VerificationError
 from calib.granularity import PerTensor, pieces
 from calib.graph import Model
 from calib.prepare import all_names, remove_unused, unique_name
@@ -88,3 +94,32 @@ def _same_on_disk(one: object, other: object) -> bool:
     one.release()
     other.release()
     return same
+
+
+def check_biases(model: Model, quantized: Quantized, written: ir.Model) -> None:
+    """Raises `VerificationError` unless the integers and scales of int32 biases are those that
+    kernels add at s_x·s_w."""
+    values = {v.name: v for node in written.graph for v in node.outputs}
+    graph, table = model.ir.clone(), quantized.table
+    if quantized.biases:
+        place_corrections(Editor(graph), table.bias_corrections)
+    found = {bias.node: bias for bias in integer_biases(graph.graph, table)}
+    for node, name in quantized.biases.items():
+        bias, producer = found[node], values[name].producer()
+        assert producer is not None
+        integers, scale = (_constant(producer, position) for position in (0, 1))
+        tensor = graph.graph.initializers[bias.name].const_value
+        assert tensor is not None
+        wanted = bias.integers(tensor.numpy())
+        if not (
+            np.array_equal(integers, wanted.squeeze())
+            and np.array_equal(scale, bias.scale.squeeze())
+        ):
+            raise VerificationError(f"bias {bias.name!r} of {node!r}: written wrongly")
+
+
+def _constant(node: ir.Node, position: int) -> NDArray[Any]:
+    value = node.inputs[position]
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy().squeeze()

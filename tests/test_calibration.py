@@ -266,7 +266,7 @@ def test_activations_that_were_not_observed_are_named(load: Load) -> None:
         )
     assert str(caught.value) == (
         "activation 'image' and 1 others were not observed: observe again with the present "
-        "--only, --exclude and --op-types"
+        "--target, --only, --exclude and --op-types"
     )
 
 
