@@ -113,6 +113,7 @@ def place_corrections(
         bias = node.inputs[_POSITION] if len(node.inputs) > _POSITION else None
         if bias is None:
             dtype = (node.outputs[0].dtype or ir.DataType.FLOAT).numpy()
+            values = np.zeros(correction.shape, dtype)
             constant = editor.constant(f"{name}_correction", correction.astype(dtype))
         else:
             assert bias.const_value is not None
@@ -122,6 +123,7 @@ def place_corrections(
         node.resize_inputs(_POSITION + 1)
         node.replace_input_with(_POSITION, constant)
         held[name] = str(constant.name)
+        editor.originals[held[name]] = values
     return held
 
 
@@ -136,12 +138,14 @@ def correct_bias(editor: Editor, layer: Layer, correction: NDArray[np.float64]) 
         total = bias.astype(np.float64) + correction.reshape(bias.shape)
         constant = editor.constant(f"{tensor.name}_corrected", total.astype(bias.dtype))
         add.replace_input_with(position, constant)
+        editor.originals[str(constant.name)] = bias
         return str(constant.name)
     dtype = (output.dtype or ir.DataType.FLOAT).numpy()
     shape = layer.shape
     if layer.rank is None and output.shape is not None and len(output.shape) > 1:
         shape = (1, -1)  # see _keep_from_gemm
     constant = editor.constant(f"{layer.node}_correction", correction.reshape(shape).astype(dtype))
+    editor.originals[str(constant.name)] = np.zeros_like(correction.reshape(shape), dtype)
     _add_behind(editor, output, constant, f"{layer.node}_correct", "uncorrected")
     return str(constant.name)
 

@@ -19,6 +19,7 @@ class Editor:
         opset: of ONNX's own operators.
         values: its values by name; where one was replaced, what stands in its place.
         nodes: its nodes by name, those that there were at first.
+        originals: constant → the values of what it stands for with something added.
     """
 
     def __init__(self, model: ir.Model):
@@ -29,6 +30,7 @@ class Editor:
         self.values |= {v.name: v for v in model.graph.inputs}
         self.values.update(model.graph.initializers)
         self.nodes = {node.name: node for node in model.graph}
+        self.originals: dict[str, NDArray[Any]] = {}
 
     def node(
         self,

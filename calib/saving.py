@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from calib.errors import OutputError
 from calib.files import whole_file, writing
@@ -33,6 +35,7 @@ class Quantized:
         sources: tensor → what its pair reads, where the tensor's name went to the pair, as it is an
             output of the model.
         corrected: layer whose bias is corrected → name of the constant that holds it.
+        uncorrected: that constant → the bias without the correction.
     """
 
     ir: ir.Model
@@ -44,6 +47,7 @@ class Quantized:
     biases: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     corrected: Mapping[str, str] = field(default_factory=dict)
+    uncorrected: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:

@@ -72,14 +72,18 @@ def _with_float_biases(
 
 
 def _uncorrect(quantized: Quantized, written: ir.Model) -> None:
+    """Takes the stated corrections out; exactly, where they are what was written."""
     for layer, name in quantized.corrected.items():
         constant = written.graph.initializers[name]
         assert constant.const_value is not None
         bias = constant.const_value.numpy()
         correction = quantized.table.bias_corrections[layer].reshape(bias.shape)
-        constant.const_value = ir.tensor(
-            (bias.astype(np.float64) - correction).astype(bias.dtype), name=name
-        )
+        without = (bias.astype(np.float64) - correction).astype(bias.dtype)
+        original = quantized.uncorrected.get(name)
+        if original is not None:
+            stated = (original.astype(np.float64) + correction).astype(bias.dtype)
+            without = original if np.array_equal(stated, bias) else without
+        constant.const_value = ir.tensor(without, name=name)
 
 
 def _same_on_disk(one: object, other: object) -> bool:

@@ -72,6 +72,7 @@ def write_qdq(model: Model, table: CalibrationTable) -> Quantized:
         writer.biases,
         writer.sources,
         corrected,
+        writer.editor.originals,
     )
 
 

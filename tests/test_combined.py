@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Save
+from conftest import Save, calibrated
 from models import parsed
 
 from calib.config import Config
@@ -22,6 +22,8 @@ from calib.proposals import _yaml
 from calib.rules import Rules, TensorRule, Widths
 from calib.run import Run
 from calib.surveying import compare_methods
+from calib.unpaired import without_pairs
+from calib.write import write_qdq
 
 TARGETS = ("generic", "onnxruntime", "openvino", "tensorrt")
 all_targets = pytest.mark.parametrize("target", TARGETS)
@@ -196,3 +198,23 @@ def test_the_summary_states_zero_points_and_corrections(save: Save) -> None:
         assert np.allclose(stored[f"{record.name}_scale"].ravel(), np.ravel(tensor["scale"]))
     corrected = {entry["name"]: entry["added"] for entry in told["bias_corrections"]}
     assert corrected == {n: c.tolist() for n, c in made.table.bias_corrections.items()}
+
+
+@all_targets
+def test_verification_takes_stated_corrections_out_to_the_bit(save: Save, target: str) -> None:
+    """A residue would be all that an output holds which is exactly 0 in float."""
+    model = load_model(save(parsed(RESIDUAL)))
+    rng = np.random.default_rng(0)
+    table, _ = calibrated(model, Rules(target=target))
+    layers = [str(n.name) for n in model.ir.graph if n.op_type == "Conv"]
+    table = table.with_corrections({n: rng.standard_normal(8) / 3 for n in layers})
+    path = model.path.with_name("corrected.onnx")
+    quantized = write_qdq(model, table).write(path)
+    without = without_pairs(model, quantized, path).graph.initializers
+    b1 = model.weight("b1").ravel()
+    for layer, name in quantized.corrected.items():
+        tensor = without[name].const_value
+        assert tensor is not None
+        expected = b1 if layer == layers[0] else np.zeros(8, np.float32)
+        assert np.array_equal(tensor.numpy().ravel(), expected)
+    assert len(quantized.corrected) == (0 if target == "onnxruntime" else 2)
