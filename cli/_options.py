@@ -127,7 +127,7 @@ GROUPS: dict[str, list[click.Option]] = {
         _option(
             "--weight-format",
             "Of blocks: qdq, or onnxruntime's own operator, computing in float32 or in int8: "
-            "matmulnbits or matmulnbits-int8.  [default: qdq]",
+            "matmulnbits or matmulnbits-int8.  [default: qdq, for target onnxruntime matmulnbits]",
             shell_complete=one_of("qdq", "matmulnbits", "matmulnbits-int8"),
         ),
         _option(

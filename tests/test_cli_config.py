@@ -85,6 +85,9 @@ def test_the_help_tells_the_defaults_that_hold(capsys: Capsys) -> None:
     assert (told.pop("seed"), default.seed) == ("0", 0)
     assert (told.pop("threads"), default.threads) == ("its choice", 0)
     none = {"edge-bits", "color", "pixel-scale", "layout", "max-memory", "output", "provider"}
+    # It goes by the target.
+    assert told.pop("weight-format") == "qdq, for target onnxruntime matmulnbits"
+    assert default.weight_format is None
     assert set(told) == none
     assert all(getattr(default, key.replace("-", "_")) is None for key in none)
 
