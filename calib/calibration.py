@@ -33,7 +33,6 @@ from calib.stacking import (
 )
 from calib.table import CalibrationTable, TensorRecord, decibels
 from calib.targets import TARGETS
-from calib.zeropoints import shifted
 
 _MOST = 1 << 20  # values of weights at a time; a value takes 40 bytes meanwhile
 _FIRST = 1 << 18  # fewer at first, so that there is something to do for every core
@@ -331,20 +330,21 @@ def _table(model: Model, observations: Observations, job: _Job, rows: _Rows) -> 
     table = CalibrationTable(
         model.sha256,
         observations.n_samples,
-        tuple(shifted(_record(*row), model) for row in rows if not row[1].empty),
+        tuple(_record(model, *row) for row in rows if not row[1].empty),
         (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec, t, _ in rows if t.empty)),
         target=job.rules.target,
     )
     return fit_biases(model, table) if TARGETS[table.target].bias == "int32" else table
 
 
-def _record(spec: TensorSpec, tensor: _Tensor, number: int) -> TensorRecord:
+def _record(model: Model, spec: TensorSpec, tensor: _Tensor, number: int) -> TensorRecord:
     fields, notes = tensor.facts[number]
     record = TensorRecord(spec, *fields, (*spec.notes, *notes) if spec.notes else notes)
-    if tensor.counter is None or spec.grid in ("symmetric", "signed"):
+    if spec.grid in ("symmetric", "signed"):
         return record
-    calibrator = tensor.questions[number].calibrator
+    counter = tensor.counter or Counter.of(model.weight(spec.name))
     try:
-        return with_zero_point(record, calibrator, tensor.counter, tensor.batches or ())
+        calibrator = tensor.questions[number].calibrator
+        return with_zero_point(record, calibrator, counter, tensor.batches or ())
     except CalibratorError as error:
         raise CalibratorError(f"{spec.name!r}: {error}") from error

@@ -48,6 +48,13 @@ class Counter:
         self.n_nan = 0
         self.n_inf = 0
 
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Counter:
+        """All of ``values``, counted."""
+        counter = cls()
+        counter.update(values)
+        return counter
+
     @property
     def counts(self) -> NDArray[np.int64]:
         """int64 ``(65536,)``; index ``(bits + 0x8000) >> 16`` of the float32 bits, finite values

@@ -67,7 +67,6 @@ FLOW = (
     "shards",
     "cluster",
     "table",
-    "zeropoints",
     "biasscales",
     "asymmetric",
     "stacking",
