@@ -108,7 +108,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in table.figures["machine"].items()))
     with tempfile.TemporaryDirectory() as folder:
         models = dict[str, Path]()
-        names = arguments.models if {"ratios", "memory"} & {*arguments.only} else []
+        names = arguments.models if {"ratios", "memory", "scaleout"} & {*arguments.only} else []
         for name, found in find_models(names, arguments.fixtures, Path(folder)):
             if isinstance(found, Path):
                 models[name] = found
