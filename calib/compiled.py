@@ -61,6 +61,8 @@ class Kernel(Generic[P, R]):
         for name in source.__code__.co_names:
             if isinstance(called := known.get(name), Kernel):
                 known[name] = called._compiled
+            elif called is prefetch:
+                known[name] = _prefetch()
         function = FunctionType(source.__code__, known, source.__name__, source.__defaults__)
         function.__qualname__, function.__module__ = source.__qualname__, source.__module__
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -81,3 +83,29 @@ def kernel(*, fastmath: bool | set[str] = False) -> Callable[[Callable[P, R]], K
         return Kernel(function, fastmath=fastmath)
 
     return mark
+
+
+def prefetch(address: int) -> None:
+    """For kernels: has the cache read what is at ``address``, while other work goes on. No harm is
+    done if nothing is there."""
+    raise NotImplementedError("only compiled code can do that")
+
+
+@cache
+def _prefetch() -> object:
+    from llvmlite import ir  # noqa: PLC0415
+    from numba import types  # noqa: PLC0415
+    from numba.extending import intrinsic  # noqa: PLC0415
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        to_read, keep, data = number(0), number(3), number(1)
+        builder.call(function, [builder.inttoptr(args[0], pointer), to_read, keep, data])
+        return context.get_dummy_value()
+
+    def typed(_context: Any, _address: Any) -> Any:
+        return types.void(types.intp), generate
+
+    return intrinsic(typed)
