@@ -93,7 +93,7 @@ def prefetch(address: int) -> None:
 
 @cache
 def _prefetch() -> object:
-    from llvmlite import ir  # noqa: PLC0415
+    from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
     from numba import types  # noqa: PLC0415
     from numba.extending import intrinsic  # noqa: PLC0415
 

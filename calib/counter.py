@@ -94,9 +94,7 @@ class Counter:
         bits, lanes = chunk.view(np.uint32), _LOCAL.lanes
         while bits.size:
             pairs = bits[: bits.size // 2 * 2].view(np.uint64)
-            done, least, most, n_zero = _count(
-                bits, bits.view(np.int32), pairs, lanes, self.counts
-            )
+            done, least, most, n_zero = _count(bits, bits.view(np.int32), pairs, lanes, self.counts)
             if done:
                 self.min, self.max = min(self.min, least), max(self.max, most)
                 self.n_zero += n_zero
@@ -180,8 +178,8 @@ def _count(
     lanes: tuple[Any, NDArray[np.uint64]],
     counts: NDArray[np.int64],
 ) -> tuple[int, float, float, int]:
-    """Counts at most `_CHUNK` float32 values, given as their bits thrice, until some that are too large
-    or NaN.
+    """Counts at most `_CHUNK` float32 values, their bits given thrice, until some are too large or
+    NaN.
 
     Args:
         bits, signed: uint32 and int32 ``(N,)``.
@@ -246,8 +244,8 @@ def _add(
         lanes[r >> long].b += times
         lanes[(s >> word) & mask].c += times
         lanes[s >> long].d += times
-    for n in range(8 * fours, bits.size):
-        lanes[_code(bits[n])].a += times
+    for rest in bits[8 * fours :]:
+        lanes[_code(rest)].a += times
 
 
 @kernel()
@@ -259,7 +257,7 @@ def _fold(lanes: NDArray[np.uint64], counts: NDArray[np.int64], span: tuple[int,
             continue
         for code in range(start, stop):
             counts[code] += _four(lanes[code])
-            lanes[code] = 0
+            lanes[code] = np.uint64(0)
 
 
 @kernel()

@@ -57,6 +57,7 @@ METHODS = ("octav", "percentile", "mse", "max")
 WIDTHS = tuple(range(2, 9))
 ARRAY = 1 << 20
 BLOCK = 32
+PAUSE_S = 0.2  # idle threads of what ran before, as a BLAS has, spin no longer
 
 Figures = dict[str, float]
 Feed = dict[str, NDArray[Any]]
@@ -165,6 +166,7 @@ def interleaved(ways: dict[str, Way], rounds: int) -> Figures:
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             way()
             taken[name].append(time.perf_counter() - start)

@@ -179,6 +179,7 @@ DOORS = {
     "yaml": {"calib.yaml_text"},
     "PIL": {"calib.images"},
     "numba": {"calib.compiled"},
+    "llvmlite": {"calib.compiled"},  # what numba compiles with; it comes along
     "distributed": {"calib.cluster"},
     "plotly": {"calib.report.page"},
     "torch": {f"calib.qat.{name}" for name in TORCH},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter as Tally
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import ml_dtypes
@@ -225,3 +226,23 @@ def test_arrays_longer_than_the_inner_chunk_are_counted_whole() -> None:
     assert (counter.n_zero, counter.n_nan, counter.n_inf) == (2, 2, 1)
     assert (counter.min, counter.max) == (-LARGEST, LARGEST)
     assert counter.n_finite == values.size - 3
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -2.0, 1e-42, -1e-42])
+def test_any_number_of_equal_values_is_counted(value: float) -> None:
+    """Inner counts are of 16 bits: here all values go to the same."""
+    n = 1_000_003
+    counter = counted(np.full(n, value, np.float32))
+    assert counter.counts.max() == counter.n_finite == n
+    assert counter.n_zero == (n if value == 0 else 0)
+    assert counter.min == counter.max == np.float32(value)
+
+
+def test_threads_that_count_at_the_same_time_do_not_disturb_each_other() -> None:
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal(rng.integers(1, 400_000)).astype(np.float32) for _ in range(24)]
+    for array in arrays[::3]:
+        array[rng.integers(array.size, size=3)] = np.nan, np.inf, 0
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(counted, arrays))
+    assert [everything(one) for one in found] == [everything(counted(array)) for array in arrays]
