@@ -85,7 +85,8 @@ def observe(
         max(1, runtime.cores // plan.streams),
     )
     last_checkpoint = time.monotonic()
-    with work, Streams(plan.streams, work.cancel) as streams:
+    ahead = 1 if how.max_memory is None else 0
+    with work, Streams(plan.streams, work.cancel, ahead) as streams:
         for batch in batches:
             batch.check_finite(seen.n_samples)
             seen = work.put(streams, seen, batch, how.keep_batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,27 +12,40 @@ from types import TracebackType
 class Streams:
     """Runs tasks in ``n`` threads; of the tasks that fail, the error of the earliest is raised.
 
-    At most ``n`` tasks are under way at a time, and task k only starts once task k - n is done:
-    what every n-th task works with belongs to it alone. As a context manager, it waits for what is
-    under way; ``cancel`` is called first if the block fails, to end that soon.
+    Task k runs in thread k modulo n: what every n-th task works with belongs to it alone. Up to
+    ``ahead`` tasks wait for each thread, which then need not wait for them. As a context manager,
+    it waits for what is under way; ``cancel`` is called first if the block fails, to end that soon.
     """
 
-    def __init__(self, n: int, cancel: Callable[[], None] = lambda: None):
-        self._n = n
+    def __init__(self, n: int, cancel: Callable[[], None] = lambda: None, ahead: int = 0):
+        self._most = n * (1 + ahead)
         self._cancel = cancel
-        self._threads = ThreadPoolExecutor(n, thread_name_prefix="octav-calibrate")
+        self._threads = [ThreadPoolExecutor(1, "octav-calibrate") for _ in range(n)]
         self._under_way: deque[Future[None]] = deque()
+        self._n_put = 0
+        self._failed: float = math.inf
 
     def put(self, task: Callable[[], None]) -> None:
-        """Starts ``task`` as soon as there is a thread; raises what an earlier one raised."""
-        while len(self._under_way) >= self._n:
+        """Starts ``task`` as soon as its thread is free; raises what an earlier one raised."""
+        while len(self._under_way) >= self._most:
             self._under_way.popleft().result()
-        self._under_way.append(self._threads.submit(task))
+        thread = self._threads[self._n_put % len(self._threads)]
+        self._under_way.append(thread.submit(self._run, self._n_put, task))
+        self._n_put += 1
 
     def drain(self) -> None:
         """Waits until all tasks are done; raises what one of them raised."""
         while self._under_way:
             self._under_way.popleft().result()
+
+    def _run(self, number: int, task: Callable[[], None]) -> None:
+        if number > self._failed:
+            return
+        try:
+            task()
+        except BaseException:
+            self._failed = min(self._failed, number)
+            raise
 
     def __enter__(self) -> Streams:
         return self
@@ -44,4 +58,7 @@ class Streams:
     ) -> None:
         if kind is not None:
             self._cancel()
-        self._threads.shutdown(wait=True, cancel_futures=kind is not None)
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=kind is not None)
+        for thread in self._threads:
+            thread.shutdown(wait=True)

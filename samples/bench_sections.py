@@ -27,6 +27,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_TH
 PLAIN = {"OCTAV_CALIBRATE_PLAIN": "1"}
 N_WEIGHTS = 72
 MORE_IMAGES = 8
+MANY_IMAGES = 32  # what outgrows one machine takes longer than starting
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +242,7 @@ def scaleout(bench: Bench) -> None:
     if name is None or importlib.util.find_spec("distributed") is None:
         bench.table.skip("two workers", "needs resnet20 or shufflenet, and the extra distributed")
         return
-    settings = bench.settings(name, bench.sizes.images * MORE_IMAGES)
+    settings = bench.settings(name, bench.sizes.images * MANY_IMAGES)
     found = run_job("scaleout", {**settings, "rounds": bench.sizes.rounds}, ALL)
     for workers in ("1", "2"):
         images = settings["images"]

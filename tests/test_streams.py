@@ -15,8 +15,9 @@ def living() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("octav-calibrate")]
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_what_every_nth_task_works_with_belongs_to_it_alone(n: int) -> None:
+def test_what_every_nth_task_works_with_belongs_to_it_alone(n: int, ahead: int) -> None:
     owners: list[int | None] = [None] * n
     most, under_way, lock = 0, 0, threading.Lock()
     delays = np.random.default_rng(n).uniform(0, 0.004, 60)
@@ -37,7 +38,7 @@ def test_what_every_nth_task_works_with_belongs_to_it_alone(n: int) -> None:
         with lock:
             under_way -= 1
 
-    with Streams(n) as streams:
+    with Streams(n, ahead=ahead) as streams:
         for number in range(60):
             streams.put(lambda number=number: task(number))  # type: ignore[misc]
         streams.drain()
@@ -47,22 +48,49 @@ def test_what_every_nth_task_works_with_belongs_to_it_alone(n: int) -> None:
     assert not living()
 
 
-def test_of_the_tasks_that_fail_the_earliest_is_heard() -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_of_the_tasks_that_fail_the_earliest_is_heard(ahead: int) -> None:
     def fail(number: int, seconds: float) -> None:
         time.sleep(seconds)
         raise ValueError(f"task {number}")
 
     def run() -> None:
-        with Streams(2) as streams:
+        with Streams(2, ahead=ahead) as streams:
             streams.put(lambda: fail(0, 0.05))
             streams.put(lambda: fail(1, 0.0))
+            streams.put(lambda: fail(2, 0.0))
+            streams.put(lambda: fail(3, 0.0))
             streams.drain()
 
     with pytest.raises(ValueError, match="task 0"):
         run()
 
 
-def test_after_an_error_no_task_is_started_and_what_is_under_way_is_cancelled() -> None:
+def test_a_task_that_waits_behind_an_earlier_one_is_heard_before_a_later_one_that_failed() -> None:
+    failed = threading.Event()
+
+    def first() -> None:
+        assert failed.wait(30)
+
+    def fail(number: int) -> None:
+        if number == 3:
+            failed.set()
+        raise ValueError(f"task {number}")
+
+    def run() -> None:
+        with Streams(2, ahead=1) as streams:
+            streams.put(first)
+            streams.put(lambda: None)
+            streams.put(lambda: fail(2))
+            streams.put(lambda: fail(3))
+            streams.drain()
+
+    with pytest.raises(ValueError, match="task 2"):
+        run()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_after_an_error_no_task_is_started_and_what_is_under_way_is_cancelled(ahead: int) -> None:
     started, stop = [], threading.Event()
 
     def task(number: int) -> None:
@@ -72,9 +100,10 @@ def test_after_an_error_no_task_is_started_and_what_is_under_way_is_cancelled() 
         assert stop.wait(30), "nobody cancelled"
 
     def run() -> None:
-        with Streams(2, stop.set) as streams:
+        with Streams(2, stop.set, ahead) as streams:
             for number in (1, 2, 3):
                 streams.put(lambda number=number: task(number))  # type: ignore[misc]
+            streams.drain()
 
     with pytest.raises(ValueError, match="task 1"):
         run()
