@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,33 +30,48 @@ from calib.arrays import (
 from calib.errors import DataError, one_line
 
 ARRAY_SUFFIXES = (".npy", ".npz")
+_LOCAL_HEADER = struct.Struct("<26s2H")  # ends with how long the name and the extra field are
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """One array of a file: what its header says, and how to reach its bytes."""
+    """One array of a file: what its header says, and how to reach its bytes.
+
+    Attributes:
+        span: where its bytes begin and end in the file, if they are there as they are.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     open: Callable[[], BinaryIO]
     path: Path
+    span: tuple[int, int] | None = None
 
     def read(self, start: int, stop: int, size: int) -> Iterator[Array]:
         row_shape = self.shape[1:]
         row_bytes = self.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
         try:
-            with self.open() as stream:
+            with self._opened_for(start) as stream:
                 _read_header(stream)
                 stream.seek(start * row_bytes, 1)
+                end = self.span[1] if start and self.span else math.inf
                 for first in range(start, stop, size):
                     rows = min(size, stop - first)
                     block = stream.read(rows * row_bytes)
-                    if len(block) != rows * row_bytes:
+                    if len(block) != rows * row_bytes or stream.tell() > end:
                         raise DataError(f"{self.path}: {self.name!r} ends before row {stop}")
                     yield np.frombuffer(block, self.dtype).reshape(rows, *row_shape)
         except DAMAGED_FILE as error:
             raise DataError(f"{self.path}: {self.name!r}: {one_line(error)}") from error
+
+    def _opened_for(self, start: int) -> BinaryIO:
+        """From the beginning, checksums are seen to; else an archive would read all before."""
+        if not start or self.span is None:
+            return self.open()
+        stream = self.path.open("rb")
+        stream.seek(self.span[0])
+        return stream
 
     def as_one_row(self) -> _Column:
         """The same values with a leading axis of length 1."""
@@ -211,12 +228,29 @@ def _open_columns(path: Path, takes: Takes) -> dict[str, _Column]:
             f"package.module:function"
         )
     with zipfile.ZipFile(path) as archive:
-        members = [m for m in archive.namelist() if m.endswith(".npy")]
-    return {m[:-4]: _column(path, m[:-4], _member_opener(path, m)) for m in members}
+        members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+    columns = {}
+    for info in members:
+        column = _column(path, info.filename[:-4], _member_opener(path, info.filename))
+        columns[column.name] = replace(column, span=_stored_at(path, info))
+    return columns
 
 
 def _member_opener(path: Path, member: str) -> Callable[[], BinaryIO]:
     return lambda: cast(BinaryIO, zipfile.ZipFile(path).open(member))
+
+
+def _stored_at(path: Path, info: zipfile.ZipInfo) -> tuple[int, int] | None:
+    """Where the bytes of a member begin and end, if it is neither compressed nor encrypted."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        return None
+    with path.open("rb") as stream:
+        stream.seek(info.header_offset)
+        header = stream.read(_LOCAL_HEADER.size)
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+        return None
+    start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header)[-2:])
+    return start, start + info.file_size
 
 
 def _column(path: Path, name: str, open_: Callable[[], BinaryIO]) -> _Column:

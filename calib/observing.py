@@ -59,12 +59,17 @@ def observe(
     batches: Iterable[Batch],
     names: Sequence[str],
     how: Observing | None = None,
+    load: Callable[..., Session] | None = None,
 ) -> Observations:
     """Runs every batch once and counts the values of the activations ``names``.
 
     All cores run the model, then all cores count. Of a single sample, operators have too little to
     share: then two batches are under way at a time, each in a thread of its own, and each with
     counters of its own, as counting is exact in any order. See README, "Speed".
+
+    Args:
+        model, batches, names, how: what is run on what, which values, and how.
+        load: makes the session for a `Runtime` and ``values``; by default a new one.
 
     Raises:
         DataError: if the data holds NaN or infinity, or there is none.
@@ -76,9 +81,9 @@ def observe(
     runtime = how.runtime or Runtime()
     plan, batches = _plan(model, batches, names, how)
     seen = _start(model, names, how, in_halves=how.halves or plan.streams > 1)
-    load = partial(Session, model.ir, plan.runtime, feedback=model.feedback)
+    load = load or partial(Session, model.ir, feedback=model.feedback)
     work = _Work(
-        tuple(load(values=part) for part in plan.passes),
+        tuple(load(plan.runtime, values=part) for part in plan.passes),
         how.padding_mask,
         maskable,
         plan.samples,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calib import capture
 from calib.arrays import Batch, Feeds
-from calib.capture import Runtime
+from calib.capture import Runtime, Session
 from calib.counter import Counter
 from calib.counterfile import Counters
 from calib.data import Data, Origin, open_data
@@ -26,6 +26,7 @@ from calib.observations import Observations, halved
 from calib.observing import Observing, observe
 
 _LEAST_BATCHES = 2
+_SESSIONS = 4  # kept by a worker
 _MOST_BATCHES = 64  # so much is lost with a worker that dies
 
 
@@ -214,11 +215,15 @@ def count(task: Task, shard: Shard) -> Counted | Uneven | CalibError:
             padding_mask=task.how.padding_mask,
         )
         how = replace(task.how, resumed=before, keep_batches=shard.n_kept)
-        seen = observe(model, _checked(data, shard), task.names, how)
-    except _UnevenError:
-        return Uneven()
-    except CalibError as error:
-        return task.told(error)
+        load = partial(_session, get_ident(), task) if how.max_memory is None else None
+        seen = observe(model, _checked(data, shard), task.names, how, load)
+    except BaseException as error:
+        _session.cache_clear()  # what failed is cancelled for good
+        if isinstance(error, _UnevenError):
+            return Uneven()
+        if isinstance(error, CalibError):
+            return task.told(error)
+        raise
     first, second = seen.half_samples
     return Counted(
         n_samples=seen.n_samples - start,
@@ -279,6 +284,12 @@ def _open(task: Task) -> tuple[Model, Feeds]:
             f"share one folder, or copy it with its times (cp -p, rsync -a)"
         )
     return model, data
+
+
+@lru_cache(maxsize=_SESSIONS)
+def _session(_thread: int, task: Task, runtime: Runtime, values: tuple[str, ...]) -> Session:
+    """Kept for the next shard; of each thread of a worker its own, as it may be cancelled."""
+    return Session(_opened(task)[0].ir, runtime, values=values)
 
 
 def _listed(versions: tuple[object, ...]) -> str:

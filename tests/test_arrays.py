@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 import tracemalloc
 import zipfile
@@ -137,6 +138,32 @@ def test_a_file_cut_off_or_damaged_anywhere_is_refused_or_read_right(
             else:
                 np.testing.assert_array_equal(read, array)
     assert refused > 20
+
+
+def test_rows_from_the_middle_of_an_archive_are_read_without_those_before(tmp_path: Path) -> None:
+    array = values(400_000, 6)
+    path = saved(tmp_path, other=values(3, 2), x=array, y=values(3, 2))
+    data = open_data(ONE, path, Reading(16))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 1  # the checksum of all rows is wrong then
+    path.write_bytes(content)
+    assert len(joined(data.batches(0, 16), "x")) == 16
+    np.testing.assert_array_equal(joined(data.batches(399_000), "x"), array[399_000:])
+    with pytest.raises(DataError, match="CRC"):
+        joined(data.batches(), "x")
+
+
+@pytest.mark.parametrize("start", [0, 4, 12])
+def test_a_member_of_an_archive_ends_before_the_next_one(tmp_path: Path, start: int) -> None:
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
+        for name in "xy":
+            content = io.BytesIO()
+            np.save(content, values(10, 6))
+            lying = content.getvalue().replace(b"(10, 6), ", b"(30, 6), ")
+            archive.writestr(f"{name}.npy", lying)
+    data = open_data(ONE, tmp_path / "data.npz", Reading(4))
+    with pytest.raises(DataError, match="'x' ends before row 30"):
+        joined(data.batches(start), "x")
 
 
 def test_an_npy_that_ends_early_is_refused(tmp_path: Path) -> None:
