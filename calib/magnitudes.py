@@ -18,6 +18,11 @@ Starts = NDArray[np.int64]
 
 _REORDERED: Any = {"reassoc", "nnan", "nsz"}
 _FEWER_EDGES = 512
+_CACHED = 1 << 15  # values
+NEARLY, NOISE = 1 + 2e-5, 1e-12
+TINY = 1e-30  # below, the smallest scale may be larger than the one wanted
+SMALLEST_STEP = 2.0**-126
+LARGEST = float(np.finfo(np.float32).max) * (1 - 1e-7)
 
 
 def plain_excesses(rows: Singles, sums: Floats) -> Floats:
@@ -46,6 +51,61 @@ def line_weights(steps: int, points: int, edges: int) -> Floats:
     np.add.at(weights, (edge, column), (1 - (boundary - edge)) * 2 * step)
     np.add.at(weights, (edge + 1, column), (boundary - edge) * 2 * step)
     return weights
+
+
+def units(largest: Floats) -> Singles:
+    """For each group a power of two near ``1 / largest``, so that squares stay within float32."""
+    _, exponent = np.frexp(largest)
+    power: Singles = np.ldexp(np.float32(1), np.clip(-exponent, -127, 126))
+    return power
+
+
+def plain_squared_errors(piece: Singles, steps: Singles, levels: Singles, unit: Singles) -> Floats:
+    """As `squared_errors`, of a ``piece`` ``(G, N)``, in NumPy: in parts that stay in the cache."""
+    errors = np.empty(steps.shape)
+    rows = max(1, _CACHED // max(piece.shape[1], 1))
+    for first in range(0, len(piece), rows):
+        part = slice(first, first + rows)
+        values, error = piece[part], np.empty(piece[part].shape, np.float32)
+        with np.errstate(over="ignore", under="ignore"):
+            for step, found in zip(steps[:, part, None], errors[:, part], strict=True):
+                np.divide(values, step, out=error)
+                np.rint(error, out=error)
+                np.clip(error, *levels, out=error)
+                np.multiply(error, step, out=error)
+                np.subtract(values, error, out=error)
+                np.multiply(error, unit[part, None], out=error)
+                found[:] = np.einsum("gn,gn->g", error, error)
+    return errors / unit.astype(np.float64) ** 2
+
+
+def plain_least_errors(
+    rows: Singles, excess: Floats, squares: Floats, grid: tuple[int, int]
+) -> Starts:
+    """As `least_errors`, of ``rows`` ``(G, N)`` and their `plain_excesses`, in NumPy: the bounds
+    of all groups are one product of matrices."""
+    steps, points = grid
+    largest = rows[:, -1].astype(np.float64)
+    gains = excess @ line_weights(steps, points, excess.shape[1] - 1)
+    bounds = squares[:, None] - largest[:, None] * gains
+    bounds[(largest > 0) & (largest < TINY)] = -np.inf
+    best, least = np.full(len(rows), points), np.full(len(rows), np.inf)
+    levels, unit = np.array([-steps, steps], np.float32), units(largest)
+    hopeful = np.arange(len(rows))
+    for _ in range(points):
+        at = np.argmin(bounds[hopeful], axis=1)
+        enough = least[hopeful] * NEARLY + squares[hopeful] * NOISE
+        kept = bounds[hopeful, at] <= enough
+        hopeful, at = hopeful[kept], at[kept]
+        if not hopeful.size:
+            break
+        bounds[hopeful, at] = np.inf
+        step = (at + 1) / points * largest[hopeful] / steps
+        step = np.clip(step, SMALLEST_STEP, LARGEST / steps).astype(np.float32)
+        error = plain_squared_errors(rows[hopeful], step[None], levels, unit[hopeful])[0]
+        better = (error < least[hopeful]) | ((error == least[hopeful]) & (at < best[hopeful]))
+        best[hopeful[better]], least[hopeful[better]] = at[better], error[better]
+    return best + 1
 
 
 @kernel()

@@ -12,80 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.compiled import kernel
-from calib.magnitudes import Singles, Starts, line_weights
+from calib.magnitudes import LARGEST, NEARLY, NOISE, SMALLEST_STEP, TINY, Singles, Starts
 from calib.ranked import Floats
 
 # Sums may be reordered, but ``x - level·step`` is not one operation: on the grid it is exactly 0.
 _REORDERED: Any = {"reassoc", "nnan", "nsz"}
-_CACHED = 1 << 15  # values
+_CONTRACTED: Any = {*_REORDERED, "contract"}
 _EDGES = 2048
 _MASK = _EDGES - 1
-_A_LEVEL = 16  # as many values are gone through in the time that one takes
-_A_RANK = 24  # the same, of a level that is looked up among the ranks
+_LESS = 1 - 1e-12  # so that no magnitude is on the last edge
+_FEW = 32
+_A_LEVEL = 32  # as many values are gone through in the time that one takes
+_A_BUCKET = 24  # the same, of a level that is looked up among the buckets
 _A_CALL = 40  # and of beginning
-_NEARLY, _NOISE = 1 + 2e-5, 1e-12
-_TINY = 1e-30  # below, the smallest scale may be larger than the one wanted
-_SMALLEST_STEP = 2.0**-126
-_LARGEST = float(np.finfo(np.float32).max) * (1 - 1e-7)
+_SLACK, _OFF = 2e-4, 4e-5
 
-Places = NDArray[np.uint32]
 Grid = tuple[int, int]
-Given = tuple[float, int, int, int]
-
-
-def units(largest: Floats) -> Singles:
-    """For each group a power of two near ``1 / largest``, so that squares stay within float32."""
-    _, exponent = np.frexp(largest)
-    power: Singles = np.ldexp(np.float32(1), np.clip(-exponent, -127, 126))
-    return power
-
-
-def plain_squared_errors(piece: Singles, steps: Singles, levels: Singles, unit: Singles) -> Floats:
-    """As `squared_errors`, of a ``piece`` ``(G, N)``, in NumPy: in parts that stay in the cache."""
-    errors = np.empty(steps.shape)
-    rows = max(1, _CACHED // max(piece.shape[1], 1))
-    for first in range(0, len(piece), rows):
-        part = slice(first, first + rows)
-        values, error = piece[part], np.empty(piece[part].shape, np.float32)
-        with np.errstate(over="ignore", under="ignore"):
-            for step, found in zip(steps[:, part, None], errors[:, part], strict=True):
-                np.divide(values, step, out=error)
-                np.rint(error, out=error)
-                np.clip(error, *levels, out=error)
-                np.multiply(error, step, out=error)
-                np.subtract(values, error, out=error)
-                np.multiply(error, unit[part, None], out=error)
-                found[:] = np.einsum("gn,gn->g", error, error)
-    return errors / unit.astype(np.float64) ** 2
-
-
-def plain_least_errors(
-    rows: Singles, excess: Floats, squares: Floats, grid: tuple[int, int]
-) -> Starts:
-    """As `least_errors`, of ``rows`` ``(G, N)`` and their `plain_excesses`, in NumPy: the bounds
-    of all groups are one product of matrices."""
-    steps, points = grid
-    largest = rows[:, -1].astype(np.float64)
-    gains = excess @ line_weights(steps, points, excess.shape[1] - 1)
-    bounds = squares[:, None] - largest[:, None] * gains
-    bounds[(largest > 0) & (largest < _TINY)] = -np.inf
-    best, least = np.full(len(rows), points), np.full(len(rows), np.inf)
-    levels, unit = np.array([-steps, steps], np.float32), units(largest)
-    hopeful = np.arange(len(rows))
-    for _ in range(points):
-        at = np.argmin(bounds[hopeful], axis=1)
-        enough = least[hopeful] * _NEARLY + squares[hopeful] * _NOISE
-        kept = bounds[hopeful, at] <= enough
-        hopeful, at = hopeful[kept], at[kept]
-        if not hopeful.size:
-            break
-        bounds[hopeful, at] = np.inf
-        step = (at + 1) / points * largest[hopeful] / steps
-        step = np.clip(step, _SMALLEST_STEP, _LARGEST / steps).astype(np.float32)
-        error = plain_squared_errors(rows[hopeful], step[None], levels, unit[hopeful])[0]
-        better = (error < least[hopeful]) | ((error == least[hopeful]) & (at < best[hopeful]))
-        best[hopeful[better]], least[hopeful[better]] = at[better], error[better]
-    return best + 1
+Places = NDArray[np.uint32]
+# A group of magnitudes in E buckets that are equally wide, one behind another; for each of E + 1
+# edges the place of the first magnitude from there on, and the sum of all these; and the largest.
+Row = tuple[Singles, Places, Floats, float]
 
 
 @kernel(fastmath=_REORDERED)
@@ -133,98 +79,167 @@ def squared_errors(
 
 
 @kernel()
-def least_errors(
-    ranked: tuple[Singles, Floats],
-    squares: Floats,
+def seek(
+    values: Singles,
     starts: Starts,
-    start: Starts,
+    moments: tuple[Floats, Floats],
+    noises: Floats,
     grids: tuple[Starts, int],
-) -> Starts:
-    """Which of the thresholds ``k / points · max|x|``, k = 1 … points, has the least error on each
-    of W grids that are symmetric, of several the smallest: k of each group, ``(W, G)``.
+) -> tuple[Floats, Starts]:
+    """The fixed point for each of F ``noises``, as `calib.ranked.Ranked.fixed_point`, ``(F, G)``;
+    and which of the thresholds ``k / points · max|x|``, k = 1 … points, has the least error on
+    each of W grids that are symmetric, of several the smallest: k of each group, ``(W, G)``.
+
+    Magnitudes are put into buckets: that takes a fraction of the time of sorting them, and what
+    lies above a threshold is known but for the values of one.
 
     Args:
-        ranked: magnitudes ``(N,)``, the groups behind one another, ascending in each; and their
-            sums from each rank on, see `calib.ranked`.
-        squares: the sum of squares of each group, ``(G,)``.
+        values: ``(N,)``, the groups behind one another.
         starts: where they begin, ``(G + 1,)``.
-        start: the k to begin with, ``(W, G)``: the better, the sooner the others are ruled out.
+        moments: the largest magnitude and the sum of squares of each group, ``(G,)``.
+        noises: the first W are those of the grids.
         grids: their steps, ``(W,)``, and points.
     """
-    (magnitude, sums), (steps, points) = ranked, grids
-    best = np.empty_like(start)
-    tables, places = np.empty((2, _EDGES + 1)), np.empty(_EDGES + 1, np.uint32)
-    for group in range(squares.size):
-        first, last = starts[group], starts[group + 1]
-        row, total = magnitude[first:last], sums[first + group : last + group + 1]
-        table, above = tables[:, : min(row.size, _EDGES) + 1], places[: min(row.size, _EDGES) + 1]
-        most = row.size // _A_LEVEL if row[-1] > _TINY else 0
-        if most >= steps.min():
-            _excesses(row, total, table, above)
+    (largest, squares), (steps, points) = moments, grids
+    found = np.zeros((noises.size, largest.size))
+    best = np.full((steps.size, largest.size), points)
+    longest = np.diff(starts).max()
+    room, codes = np.empty(longest, np.float32), np.empty(longest, np.uint16)
+    places, sums = np.empty(_EDGES + 1, np.uint32), np.empty(_EDGES + 1)
+    lines = np.empty((2, _EDGES + 1))
+    for group in range(largest.size):
+        row = values[starts[group] : starts[group + 1]]
+        if largest[group] == 0:
+            best[:, group] = 1
+            continue
+        edges = min(row.size, _EDGES)
+        given = room[: row.size], places[: edges + 1], sums[: edges + 1], largest[group]
+        _fill(row, codes[: row.size], given)
+        for number in range(noises.size):
+            found[number, group] = _fixed_point(given, noises[number])
+        most = row.size // _A_LEVEL if largest[group] > TINY else 0
+        if steps.size and most >= steps.min():
+            _set_lines(given, lines[:, : edges + 1])
         for width in range(steps.size):
-            k = start[width, group]
+            guess = int(np.rint(found[width, group] / largest[group] * points))
+            k = min(max(guess, 1), points)
             if steps[width] <= most:
-                given = squares[group], k, steps[width], points
-                best[width, group] = _least_bounded(row, total, table, above, given)
+                grid = squares[group], k, steps[width], points
+                best[width, group] = _least_bounded(given, lines[:, : edges + 1], grid)
             else:
-                best[width, group] = _least_error(row, k, (steps[width], points))
-    return best
+                best[width, group] = _least_error(given, k, (steps[width], points))
+    return found, best
 
 
 @kernel()
-def _excesses(row: Singles, total: Floats, table: Floats, above: Places) -> None:
-    """Sets the sums of ``x - t`` over the values above ``t = j / m · max x``, j = 0 … m, and
-    how much each is less than the next; and the ranks of the first of these values."""
-    excess, slope = table[0], table[1]
-    edges, after = excess.size - 1, 0.0
-    width = np.float64(row[-1]) / edges
-    per_width, rank = (1 - 1e-12) / width, np.int64(row.size)
-    above[:] = row.size
-    for at in range(row.size - 1, -1, -1):
-        above[int(row[at] * per_width)] = at
-    for edge in range(edges, -1, -1):
-        less = np.int64(above[edge]) - rank
-        rank += less & (less >> 63)  # the minimum, without a branch
-        above[edge] = rank
-        excess[edge] = total[rank] - edge * width * (row.size - rank)
-        slope[edge] = after - excess[edge]
-        after = excess[edge]
+def _fill(values: Singles, code: NDArray[np.uint16], filled: Row) -> None:
+    row, place, total, largest = filled
+    last = np.int32(place.size - 2)
+    per_width = _LESS * (last + 1) / largest if largest > TINY else 0.0
+    for at in range(row.size):
+        code[at] = min(max(np.int32(abs(values[at]) * per_width), np.int32(0)), last)
+    place[:], total[:] = 0, 0
+    for at in range(row.size):
+        place[code[at]] += np.uint32(1)
+        total[code[at]] += abs(values[at])
+    rest, end = 0.0, np.uint32(row.size)
+    for edge in range(last, -1, -1):
+        rest += total[edge]
+        total[edge] = rest
+        own = place[edge]
+        place[edge] = end  # where each ends, until they are filled
+        end -= own
+    place[last + 1] = row.size
+    for at in range(row.size):
+        place[code[at]] -= np.uint32(1)
+        row[place[code[at]]] = abs(values[at])
 
 
 @kernel()
-def _least_bounded(row: Singles, total: Floats, table: Floats, places: Places, given: Given) -> int:
+def _fixed_point(filled: Row, noise: float) -> float:
+    row, place, total, largest = filled
+    nonzero = row.size
+    for at in range(place[1]):
+        nonzero -= row[at] == 0
+    width = largest / (place.size - 1)
+    first, last = 0, place.size - 1
+    while last - first > 1:  # the root is not below the edge of first
+        middle = (first + last) // 2
+        above = row.size - np.int64(place[middle])
+        if total[middle] >= middle * width * (noise * (nonzero - above) + above):
+            first = middle
+        else:
+            last = middle
+    bucket, rest = row[place[first] : place[last]], total[last]
+    _sort(bucket)
+    above, at = row.size - np.int64(place[last]), bucket.size
+    while at > 0:  # down to the first magnitude that the root is not below
+        value = np.float64(bucket[at - 1])
+        if rest + value >= value * (noise * (nonzero - above - 1) + above + 1):
+            break
+        at, above, rest = at - 1, above + 1, rest + value
+    root = float(rest / (noise * (nonzero - above) + above))
+    return max(root, float(bucket[at - 1])) if at > 0 else root
+
+
+@kernel()
+def _sort(bucket: Singles) -> None:
+    if bucket.size > _FEW:
+        bucket.sort()
+        return
+    for at in range(1, bucket.size):
+        value, to = bucket[at], at
+        while to > 0 and bucket[to - 1] > value:
+            bucket[to] = bucket[to - 1]
+            to -= 1
+        bucket[to] = value
+
+
+@kernel()
+def _set_lines(values: Row, lines: Floats) -> None:
+    """Sets the sums of ``x - t`` over the values above each edge t, and how much each is less than
+    the next."""
+    row, place, total, largest = values
+    edges = place.size - 1
+    for edge in range(edges + 1):
+        above = row.size - np.int64(place[edge])
+        lines[0, edge] = total[edge] - edge * (largest / edges) * above
+    lines[1, :edges], lines[1, edges] = lines[0, 1:] - lines[0, :edges], 0.0
+
+
+@kernel()
+def _least_bounded(values: Row, lines: Floats, given: tuple[float, int, int, int]) -> int:
     """The k with the least error, of several the smallest: from the largest down, until what is
     clipped is more; only what bounds do not rule out is measured.
 
-    Where levels are few, the error is that of the ranks, and values are only gone through where
+    Where levels are few, the error is that of the sums, and values are only gone through where
     two are too close to tell.
     """
-    square, best, steps, points = given
-    excess, slope = table[0], table[1]
-    by_ranks, edges = _A_RANK * steps <= row.size + _A_CALL, excess.size - 1
-    noise = square * max(_NOISE, row.size * 1e-16)
-    largest, per_k = np.float64(row[-1]), edges / points
-    less = 4 * largest / points
-    least = _measured(best, row, total, places, (square, steps, points, edges, np.inf))
+    (row, place, _, largest), (square, best, steps, points) = values, given
+    excess, slope = lines[0], lines[1]
+    by_sums, edges = _A_BUCKET * steps <= row.size + _A_CALL, excess.size - 1
+    noise = square * max(NOISE, row.size * 1e-16)
+    per_k, less = edges / points, 4 * largest / points
+    least = _measured(values, best, (square, steps, points, np.inf))
     clipped, second, start = 0.0, np.inf, best
     for top in range(points, 0, -4):
-        enough = least * _NEARLY + noise
+        enough = least * NEARLY + noise
         for k in range(top, max(top - 4, 0), -1):
             step = k / (points * steps)
             bound = square - 2 * largest * step * _gain(excess, slope, step * edges, steps)
             if bound > enough or k == start:
                 continue
-            error = _measured(k, row, total, places, (square, steps, points, edges, least))
+            error = _measured(values, k, (square, steps, points, least))
             second = min(second, max(error, least))
             if error < least or (error == least and k < best):
                 best, least = k, error
         # Four thresholds further, what is clipped has grown by this at least.
         edge = min(int(top * per_k) + 1, edges)
-        clipped += less * (2 * excess[edge] + less * (row.size - places[edge]))
+        clipped += less * (2 * excess[edge] + less * (row.size - np.int64(place[edge])))
         if clipped > enough:
             break
-    if by_ranks and second <= least * _NEARLY + noise:
-        return _least_error(row, best, (steps, points))
+    if by_sums and second <= least * NEARLY + noise:
+        return _least_error(values, best, (steps, points))
     return best
 
 
@@ -245,56 +260,38 @@ def _gain(excess: Floats, slope: Floats, step: float, steps: int) -> float:
 
 
 @kernel()
-def _measured(
-    k: int, row: Singles, total: Floats, places: Places, given: tuple[float, int, int, int, float]
-) -> float:
+def _measured(values: Row, k: int, given: tuple[float, int, int, float]) -> float:
     """The squared error of k, by whichever way is faster."""
-    square, steps, points, edges, enough = given
-    if _A_RANK * steps > row.size + _A_CALL:
-        return _error_at(k, row, (steps, points), enough)
-    largest = np.float64(row[-1])
+    (row, place, total, largest), (square, steps, points, enough) = values, given
+    if _A_BUCKET * steps > row.size + _A_CALL:
+        unit = np.float32(1 / min(max(largest, 1e-36), 1e36))
+        limits = steps, unit, enough * np.float64(unit) ** 2
+        return _error_up_to(values, k / points * largest, limits)[0] / np.float64(unit) ** 2
     threshold = k / points * largest / steps
-    step = np.float64(np.float32(min(max(threshold, _SMALLEST_STEP), _LARGEST / steps)))
+    step = np.float64(np.float32(min(max(threshold, SMALLEST_STEP), LARGEST / steps)))
+    edges = place.size - 1
     gain, per_width = 0.0, edges / largest
     for level in range(steps):
         boundary = (level + 0.5) * step
         edge = min(int(boundary * per_width), edges - 1)
-        rank, last = np.int64(places[edge]), np.int64(places[edge + 1])
-        while last - rank > 8:
-            middle = (rank + last) // 2
-            if row[middle] <= boundary:
-                rank = middle + 1
-            else:
-                last = middle
-        while rank < last and row[rank] <= boundary:
-            rank += 1
-        gain += total[rank] - boundary * (row.size - rank)
+        gain += total[edge + 1] - boundary * (row.size - np.int64(place[edge + 1]))
+        for at in range(place[edge], place[edge + 1]):
+            gain += max(row[at] - boundary, 0.0)
     return square - 2 * step * gain
 
 
 @kernel()
-def _error_at(k: int, row: Singles, grid: Grid, enough: float) -> float:
-    largest = np.float64(row[-1])
+def _least_error(values: Row, start: int, grid: Grid) -> int:
+    points, largest = grid[1], values[3]
     unit = np.float32(1 / min(max(largest, 1e-36), 1e36))
-    limits = grid[0], unit, enough * np.float64(unit) ** 2
-    error, _, _ = _error_up_to(row, row.size, k / grid[1] * largest, limits)
-    return error / np.float64(unit) ** 2
-
-
-@kernel()
-def _least_error(row: Singles, start: int, grid: Grid) -> int:
-    points, largest = grid[1], np.float64(row[-1])
-    unit = np.float32(1 / min(max(largest, 1e-36), 1e36))
-    best, inside = start, row.size
-    least, _, inside = _error_up_to(row, inside, start / points * largest, (grid[0], unit, np.inf))
+    least, _ = _error_up_to(values, start / points * largest, (grid[0], unit, np.inf))
+    best = start
     for k in range(start + 1, points + 1):
-        threshold = k / points * largest
-        error, _, inside = _error_up_to(row, inside, threshold, (grid[0], unit, least))
+        error, _ = _error_up_to(values, k / points * largest, (grid[0], unit, least))
         if error < least:
             best, least = k, error
     for k in range(start - 1, 0, -1):
-        threshold = k / points * largest
-        error, clipped, inside = _error_up_to(row, inside, threshold, (grid[0], unit, least))
+        error, clipped = _error_up_to(values, k / points * largest, (grid[0], unit, least))
         if error <= least:
             best, least = k, error
         if clipped > least:  # and that of smaller thresholds is larger still
@@ -304,20 +301,49 @@ def _least_error(row: Singles, start: int, grid: Grid) -> int:
 
 @kernel()
 def _error_up_to(
-    row: Singles, inside: int, threshold: float, limits: tuple[int, np.float32, float]
-) -> tuple[float, float, int]:
-    """The squared error of ``row``, the part of what is clipped, and how many values are not, which
-    is near ``inside``; no more is added up once the error is ``enough``, the last of ``limits``."""
-    steps, unit, enough = limits
-    while inside < row.size and row[inside] <= threshold:
-        inside += 1
-    while inside > 0 and row[inside - 1] > threshold:
-        inside -= 1
-    step = np.float32(min(max(threshold / steps, _SMALLEST_STEP), _LARGEST / steps))
+    values: Row, threshold: float, limits: tuple[int, np.float32, float]
+) -> tuple[float, float]:
+    """The squared error of the values, infinite above ``enough``, the last of ``limits``, and that
+    of those for certain clipped."""
+    (row, place, _, largest), (steps, unit, enough) = values, limits
+    edges, inside, outside = place.size - 1, 0, row.size
+    if largest > TINY:
+        edge = min(int(threshold * (_LESS * edges / largest)), edges - 1)
+        inside, outside = int(place[edge]), int(place[edge + 1])
+    step = np.float32(min(max(threshold / steps, SMALLEST_STEP), LARGEST / steps))
     high = np.float32(steps)
-    clipped = np.float64(_error(row[inside:], step, -high, high, unit))
-    total, at = clipped, inside
+    clipped = float(_error(row[outside:], step, -high, high, unit))
+    total = clipped + float(_error(row[inside:outside], step, -high, high, unit))
+    square = (np.float64(step) * unit) ** 2
+    if total > enough or _hopeless(row[:inside], step, square, (total, enough)):
+        return np.inf, clipped
+    for at in range(0, inside, 256):
+        total += float(_error(row[at : min(at + 256, inside)], step, -high, high, unit))
+    return total, clipped
+
+
+@kernel()
+def _hopeless(row: Singles, step: np.float32, square: float, limits: tuple[float, float]) -> bool:
+    """Whether the error of what is not clipped adds more to the first of ``limits`` than the other
+    allows, for certain; in a simpler arithmetic, in which each value's is off by ``_OFF`` steps:
+
+        (√a + d)² ≤ a·(1 + η) + d²·(1 + 1/η),   d² = n·(_OFF·step)²,   η = _SLACK
+    """
+    (total, enough), at = limits, row.size
+    inverse = np.float32(1) / step
+    enough += enough * _SLACK + at * square * (_OFF * _OFF * (1 + 1 / _SLACK))
     while at > 0 and total <= enough:
-        total += _error(row[max(at - 256, 0) : at], step, -high, high, unit)
+        total += square * float(_fractions(row[max(at - 256, 0) : at], inverse))
         at -= 256
-    return total, clipped, inside
+    return total > enough
+
+
+@kernel(fastmath=_CONTRACTED)
+def _fractions(row: Singles, inverse: np.float32) -> np.floating[Any]:
+    """The sum of squares of how far ``row`` is from whole steps."""
+    total = np.float32(0)
+    for at in range(row.size):
+        level = row[at] * inverse
+        error = level - np.rint(level)
+        total += error * error
+    return total

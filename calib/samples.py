@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from calib import compiled
 from calib.granularity import PerChannel
-from calib.magnitudes import moments, plain_excesses
+from calib.magnitudes import (
+    moments,
+    plain_excesses,
+    plain_least_errors,
+    plain_squared_errors,
+    units,
+)
 from calib.ordered import Ordered
 from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.ranked import Floats, Ranked, joined, starts_of
-from calib.rounding import (
-    least_errors,
-    plain_least_errors,
-    plain_squared_errors,
-    squared_errors,
-    units,
-)
+from calib.rounding import seek, squared_errors
 
 
 class Samples:
@@ -37,6 +37,8 @@ class Samples:
         self._more: tuple[NDArray[np.floating], ...] = ()
         self._counts = counts
         self._expected: tuple[tuple[int, QuantType], ...] = ()
+        self._noises: tuple[float, ...] = ()
+        self._fixed: dict[float, Floats] = {}
         self._swept: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     @classmethod
@@ -74,6 +76,9 @@ class Samples:
         return np.sqrt(self._moments[1] / self.count())
 
     def quantile(self, q: float) -> Floats:
+        rank = np.ceil(q * np.diff(self._starts) * (1 - 1e-12)) - 1  # see `Ranked.quantile`
+        if self._counts is None and (rank == np.diff(self._starts) - 1).all():
+            return self.max_abs()
         return self._ranked.quantile(q)
 
     def tail(self, t: Floats) -> Tail:
@@ -96,11 +101,16 @@ class Samples:
 
     def fixed_point(self, noise: float) -> Floats:
         """See `Seeking`."""
+        if self._fast():
+            if noise not in self._fixed:
+                self._seek(self._expected, noise)
+            return self._fixed[noise].copy()
         return self._ranked.fixed_point(noise)
 
-    def expect(self, sweeps: Iterable[tuple[int, QuantType]]) -> None:
-        """Says that `least_mse` of these is to be asked for: all are found in one pass."""
-        self._expected = tuple(sweeps)
+    def expect(self, sweeps: Iterable[tuple[int, QuantType]], noises: Iterable[float] = ()) -> None:
+        """Says that `least_mse` and `fixed_point` of these are to be asked for: all are found in
+        one pass."""
+        self._expected, self._noises = tuple(sweeps), tuple(noises)
 
     def least_mse(self, points: int, qtype: QuantType) -> Floats:
         """See `Seeking`."""
@@ -108,7 +118,7 @@ class Samples:
             return sweep(self, points, qtype)
         if (points, qtype.steps) not in self._swept:
             if compiled.enabled():
-                self._sweep(points, qtype)
+                self._seek([(points, qtype), *self._expected])
             else:
                 self._plainly_sweep(points, qtype)
         return self._swept[points, qtype.steps] / points * self._moments[0]
@@ -117,16 +127,16 @@ class Samples:
         """Whether the grid is symmetric for these values, and float32 exact enough."""
         return self._single(qtype) and (qtype.narrow or not self.has_negative)
 
-    def _sweep(self, points: int, qtype: QuantType) -> None:
-        also = (other for n, other in self._expected if n == points and self._seeks(other))
-        grids = {each.steps: each.rounding_noise for each in (qtype, *also)}
-        largest, squares = self._moments
-        guess = np.stack([self.fixed_point(noise) for noise in grids.values()])
-        guess /= np.where(largest > 0, largest, 1)
-        start = np.clip(np.rint(guess * points), 1, points).astype(np.int64)
-        ranked = self._ranked.magnitude, self._ranked.sum
+    def _seek(self, sweeps: Sequence[tuple[int, QuantType]], *noise: float) -> None:
+        """Finds what is expected and ``noise``, and of ``sweeps`` those with as many points as the
+        first."""
+        points = sweeps[0][0] if sweeps else 1
+        grids = {q.steps: q.rounding_noise for n, q in sweeps if n == points and self._seeks(q)}
+        noises = [*grids.values(), *({*self._noises, *noise} - {*grids.values()})]
         steps = np.array([*grids], np.int64)
-        best = least_errors(ranked, squares, self._starts, start, (steps, points))
+        given = self._flat, self._starts, self._moments, np.array(noises), (steps, points)
+        found, best = seek(*given)
+        self._fixed.update(zip(noises, found, strict=True))
         self._swept.update(zip(((points, n) for n in grids), best, strict=True))
 
     def _plainly_sweep(self, points: int, qtype: QuantType) -> None:

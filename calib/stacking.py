@@ -98,7 +98,8 @@ def of_values(
     """
     dist = Samples.stacked(pieces)
     sweeps = ((each.calibrator, each.qtype) for each in asked)
-    dist.expect((mse.points, qtype) for mse, qtype in sweeps if isinstance(mse, Mse))
+    expected = ((mse.points, qtype) for mse, qtype in sweeps if isinstance(mse, Mse))
+    dist.expect(expected, dict.fromkeys(each.qtype.rounding_noise for each in asked))
     found = [_asked(dist, each) for each in asked]
     return _measured(dist, [len(piece) for piece in pieces], asked, found, dtype)
 

@@ -90,36 +90,80 @@ def test_a_threshold_that_is_found_can_be_changed_without_harm() -> None:
     np.testing.assert_array_equal(dist.least_mse(100, NARROW[0]), kept)
 
 
+def filled(values: Values) -> rounding.Row:
+    """What the kernels know of a group: magnitudes in buckets, and sums from each edge on."""
+    n, edges = values.size, min(values.size, 2048) + 1
+    row = np.empty(n, np.float32), np.empty(edges, np.uint32), np.empty(edges)
+    given_ = *row, float(np.abs(values).max())
+    rounding._fill(values, np.empty(n, np.uint16), given_)
+    return given_
+
+
+@needs_numba
+@by_property
+@given(any_values)
+def test_buckets_hold_all_magnitudes_in_the_order_of_their_edges(values: Values) -> None:
+    row, places, sums, largest = filled(values)
+    ascending = np.sort(np.abs(values))
+    np.testing.assert_array_equal(np.sort(row), ascending)
+    assert (places[0], places[-1], sums[-1]) == (0, row.size, 0)
+    edges = np.arange(places.size) * (largest / (places.size - 1))
+    for edge, place, total in zip(edges, places, sums, strict=True):
+        if largest > 1e-30:
+            assert (row[:place] <= edge * (1 + 1e-9)).all()
+            assert (row[place:] >= edge * (1 - 1e-9)).all()
+        assert total == pytest.approx(row[place:].astype(np.float64).sum(), rel=1e-12)
+
+
+@needs_numba
+@pytest.mark.parametrize("n", [*LENGTHS, 20_000])
+def test_fixed_points_from_buckets_are_those_of_numpy(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, plain = Samples(kinds(n)), Samples(kinds(n))
+    found = [fast.fixed_point(noise) for noise in (1.0, 0.1, 1e-3, 1e-6)]
+    monkeypatch.setattr(compiled, "enabled", lambda: False)
+    for noise, one in zip((1.0, 0.1, 1e-3, 1e-6), found, strict=True):
+        np.testing.assert_allclose(one, plain.fixed_point(noise), rtol=1e-11)
+
+
 @needs_numba
 @by_property
 @given(any_values, st.sampled_from(NARROW), st.integers(1, 100))
-def test_the_error_from_ranks_is_that_of_the_values(
+def test_the_error_from_buckets_is_that_of_the_values(
     values: Values, qtype: QuantType, k: int
 ) -> None:
     row = np.sort(np.abs(values))
     if row[-1] < 1e-30:
         return
-    sums = np.append(np.cumsum(row[::-1], dtype=np.float64)[::-1], 0)
     square = float(np.square(row, dtype=np.float64).sum())
-    edges = min(row.size, 2048)
-    table, places = np.empty((2, edges + 1)), np.empty(edges + 1, np.uint32)
-    rounding._excesses(row, sums, table, places)
-    few = (qtype.steps, 100, edges)
-    many = np.repeat(row, 100 * qtype.steps)  # so that ranks are looked up
-    found = rounding._measured(k, row, sums, places, (square, *few, np.inf))
+    few = (qtype.steps, 100, np.inf)
+    found = rounding._measured(filled(values), k, (square, *few))
     exact = float(k) / 100 * float(row[-1]) / qtype.steps
     step = np.float64(np.float32(np.clip(exact, 2.0**-126, 3.4028234e38 / qtype.steps)))
     levels = np.clip(np.rint(row / step), 0, qtype.steps)
     expected = float(np.square(row - levels * step).sum())
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-11 * square)
-    sums = np.append(np.cumsum(many[::-1], dtype=np.float64)[::-1], 0)
-    table, places = np.empty((2, 65)), np.empty(65, np.uint32)
-    rounding._excesses(many, sums, table, places)
-    times = many.size // row.size
-    given_ = (square * times, qtype.steps, 100, 64, np.inf)
-    assert rounding._measured(k, many, sums, places, given_) == pytest.approx(
-        expected * times, rel=1e-6, abs=1e-10 * square * times
-    )
+    times = 100 * qtype.steps  # so that levels are looked up
+    many = np.repeat(row, times)
+    found = rounding._measured(filled(many), k, (square * times, *few))
+    assert found == pytest.approx(expected * times, rel=1e-6, abs=1e-10 * square * times)
+
+
+@needs_numba
+@by_property
+@given(any_values, st.sampled_from(NARROW), st.integers(1, 100), st.floats(0, 2))
+def test_an_error_that_is_ruled_out_is_above_what_is_allowed(
+    values: Values, qtype: QuantType, k: int, share: float
+) -> None:
+    group = filled(values)
+    unit = np.float32(1 / min(max(group[3], 1e-36), 1e36))
+    threshold = k / 100 * group[3]
+    exact, clipped = rounding._error_up_to(group, threshold, (qtype.steps, unit, np.inf))
+    enough = share * exact
+    found, _ = rounding._error_up_to(group, threshold, (qtype.steps, unit, enough))
+    assert clipped <= exact
+    assert found == exact or (found == np.inf and exact > enough)
 
 
 @plainly
