@@ -17,21 +17,22 @@ from calib.ranked import Floats
 
 # Sums may be reordered, but ``x - level·step`` is not one operation: on the grid it is exactly 0.
 _REORDERED: Any = {"reassoc", "nnan", "nsz"}
-_CONTRACTED: Any = {*_REORDERED, "contract"}
 _EDGES = 2048
 _MASK = _EDGES - 1
 _LESS = 1 - 1e-12  # so that no magnitude is on the last edge
 _FEW = 32
-_A_LEVEL = 32  # as many values are gone through in the time that one takes
-_A_BUCKET = 24  # the same, of a level that is looked up among the buckets
-_A_CALL = 40  # and of beginning
-_SLACK, _OFF = 2e-4, 4e-5
+_LANES = 32
+# Bounds take as long as going through so many values: first for each level, then side by side.
+_A_LEVEL, _MANY_LEVELS, _A_FURTHER = 35, 350, 13
 
 Grid = tuple[int, int]
 Places = NDArray[np.uint32]
 # A group of magnitudes in E buckets that are equally wide, one behind another; for each of E + 1
-# edges the place of the first magnitude from there on, and the sum of all these; and the largest.
+# edges the place of the first magnitude from there on, the sum of all these, by how much they
+# exceed the edge in sum, and how much that is less than of the next; and the largest.
 Row = tuple[Singles, Places, Floats, float]
+# Room for what is computed side by side, and k / points from far below 1 on.
+Lanes = tuple[Singles, Floats, Floats]
 
 
 @kernel(fastmath=_REORDERED)
@@ -102,54 +103,56 @@ def seek(
     """
     (largest, squares), (steps, points) = moments, grids
     found = np.zeros((noises.size, largest.size))
-    best = np.full((steps.size, largest.size), points)
+    best = np.ones((steps.size, largest.size), np.int64)
+    fractions = np.maximum(np.arange(1 - _LANES, points + 1), 1) / points
+    lanes = np.empty(3 * _LANES, np.float32), np.empty(_LANES), fractions
     longest = np.diff(starts).max()
     room, codes = np.empty(longest, np.float32), np.empty(longest, np.uint16)
-    places, sums = np.empty(_EDGES + 1, np.uint32), np.empty(_EDGES + 1)
-    lines = np.empty((2, _EDGES + 1))
+    places, sums = np.empty(_EDGES + 1, np.uint32), np.empty((3, _EDGES + 1))
     for group in range(largest.size):
         row = values[starts[group] : starts[group + 1]]
         if largest[group] == 0:
-            best[:, group] = 1
             continue
-        edges = min(row.size, _EDGES)
-        given = room[: row.size], places[: edges + 1], sums[: edges + 1], largest[group]
-        _fill(row, codes[: row.size], given)
+        edges = min(row.size, _EDGES) + 1
+        filled = room[: row.size], places[:edges], sums[:, :edges], largest[group]
+        _fill(row, codes[: row.size], filled)
         for number in range(noises.size):
-            found[number, group] = _fixed_point(given, noises[number])
-        most = row.size // _A_LEVEL if largest[group] > TINY else 0
-        if steps.size and most >= steps.min():
-            _set_lines(given, lines[:, : edges + 1])
+            found[number, group] = _fixed_point(filled, noises[number])
         for width in range(steps.size):
-            guess = int(np.rint(found[width, group] / largest[group] * points))
-            k = min(max(guess, 1), points)
-            if steps[width] <= most:
-                grid = squares[group], k, steps[width], points
-                best[width, group] = _least_bounded(given, lines[:, : edges + 1], grid)
+            grid = steps[width], points
+            most = min(_A_LEVEL * steps[width], _MANY_LEVELS + _A_FURTHER * steps[width])
+            if row.size > most and largest[group] > TINY:
+                guess = int(np.rint(found[width, group] / largest[group] * points))
+                k = min(max(guess, 1), points)
+                best[width, group] = _least_bounded(filled, squares[group], k, grid, lanes)
             else:
-                best[width, group] = _least_error(given, k, (steps[width], points))
+                best[width, group] = _least_of_all(filled, grid, lanes)
     return found, best
 
 
 @kernel()
 def _fill(values: Singles, code: NDArray[np.uint16], filled: Row) -> None:
-    row, place, total, largest = filled
+    row, place, sums, largest = filled
+    total, excess, less = sums[0], sums[1], sums[2]
     last = np.int32(place.size - 2)
-    per_width = _LESS * (last + 1) / largest if largest > TINY else 0.0
+    width = largest / float(last + 1)
+    per_width = _LESS * float(last + 1) / largest if largest > TINY else 0.0
     for at in range(row.size):
         code[at] = min(max(np.int32(abs(values[at]) * per_width), np.int32(0)), last)
     place[:], total[:] = 0, 0
     for at in range(row.size):
         place[code[at]] += np.uint32(1)
         total[code[at]] += abs(values[at])
-    rest, end = 0.0, np.uint32(row.size)
+    rest, after, end = 0.0, 0.0, np.uint32(row.size)
+    place[last + 1], excess[last + 1], less[last + 1] = end, 0.0, 0.0
     for edge in range(last, -1, -1):
-        rest += total[edge]
-        total[edge] = rest
+        rest += float(total[edge])
         own = place[edge]
         place[edge] = end  # where each ends, until they are filled
         end -= own
-    place[last + 1] = row.size
+        total[edge] = rest
+        own_excess = float(rest - edge * width * (row.size - np.int64(end)))
+        excess[edge], less[edge], after = own_excess, after - own_excess, own_excess
     for at in range(row.size):
         place[code[at]] -= np.uint32(1)
         row[place[code[at]]] = abs(values[at])
@@ -157,7 +160,7 @@ def _fill(values: Singles, code: NDArray[np.uint16], filled: Row) -> None:
 
 @kernel()
 def _fixed_point(filled: Row, noise: float) -> float:
-    row, place, total, largest = filled
+    (row, place, _, largest), total = filled, filled[2][0]
     nonzero = row.size
     for at in range(place[1]):
         nonzero -= row[at] == 0
@@ -196,32 +199,18 @@ def _sort(bucket: Singles) -> None:
 
 
 @kernel()
-def _set_lines(values: Row, lines: Floats) -> None:
-    """Sets the sums of ``x - t`` over the values above each edge t, and how much each is less than
-    the next."""
-    row, place, total, largest = values
-    edges = place.size - 1
-    for edge in range(edges + 1):
-        above = row.size - np.int64(place[edge])
-        lines[0, edge] = total[edge] - edge * (largest / edges) * above
-    lines[1, :edges], lines[1, edges] = lines[0, 1:] - lines[0, :edges], 0.0
-
-
-@kernel()
-def _least_bounded(values: Row, lines: Floats, given: tuple[float, int, int, int]) -> int:
+def _least_bounded(filled: Row, square: float, start: int, grid: Grid, lanes: Lanes) -> int:
     """The k with the least error, of several the smallest: from the largest down, until what is
     clipped is more; only what bounds do not rule out is measured.
 
-    Where levels are few, the error is that of the sums, and values are only gone through where
-    two are too close to tell.
+    The error is that of the sums, and values are only gone through where two are too close to tell.
     """
-    (row, place, _, largest), (square, best, steps, points) = values, given
-    excess, slope = lines[0], lines[1]
-    by_sums, edges = _A_BUCKET * steps <= row.size + _A_CALL, excess.size - 1
+    (row, place, sums, largest), (steps, points) = filled, grid
+    excess, slope, edges = sums[1], sums[2], place.size - 1
     noise = square * max(NOISE, row.size * 1e-16)
     per_k, less = edges / points, 4 * largest / points
-    least = _measured(values, best, (square, steps, points, np.inf))
-    clipped, second, start = 0.0, np.inf, best
+    best, least = start, _measured(filled, square, start / points * largest, steps)
+    clipped, second = 0.0, np.inf
     for top in range(points, 0, -4):
         enough = least * NEARLY + noise
         for k in range(top, max(top - 4, 0), -1):
@@ -229,7 +218,7 @@ def _least_bounded(values: Row, lines: Floats, given: tuple[float, int, int, int
             bound = square - 2 * largest * step * _gain(excess, slope, step * edges, steps)
             if bound > enough or k == start:
                 continue
-            error = _measured(values, k, (square, steps, points, least))
+            error = _measured(filled, square, k / points * largest, steps)
             second = min(second, max(error, least))
             if error < least or (error == least and k < best):
                 best, least = k, error
@@ -238,9 +227,7 @@ def _least_bounded(values: Row, lines: Floats, given: tuple[float, int, int, int
         clipped += less * (2 * excess[edge] + less * (row.size - np.int64(place[edge])))
         if clipped > enough:
             break
-    if by_sums and second <= least * NEARLY + noise:
-        return _least_error(values, best, (steps, points))
-    return best
+    return best if second > least * NEARLY + noise else _least_of_all(filled, grid, lanes)
 
 
 @kernel(fastmath=_REORDERED)
@@ -260,90 +247,72 @@ def _gain(excess: Floats, slope: Floats, step: float, steps: int) -> float:
 
 
 @kernel()
-def _measured(values: Row, k: int, given: tuple[float, int, int, float]) -> float:
-    """The squared error of k, by whichever way is faster."""
-    (row, place, total, largest), (square, steps, points, enough) = values, given
-    if _A_BUCKET * steps > row.size + _A_CALL:
-        unit = np.float32(1 / min(max(largest, 1e-36), 1e36))
-        limits = steps, unit, enough * np.float64(unit) ** 2
-        return _error_up_to(values, k / points * largest, limits)[0] / np.float64(unit) ** 2
-    threshold = k / points * largest / steps
-    step = np.float64(np.float32(min(max(threshold, SMALLEST_STEP), LARGEST / steps)))
-    edges = place.size - 1
+def _measured(filled: Row, square: float, threshold: float, steps: int) -> float:
+    """The squared error of a threshold, by the formula of `calib.cells`."""
+    (row, place, sums, largest), edges = filled, filled[1].size - 1
+    step = np.float64(np.float32(min(max(threshold / steps, SMALLEST_STEP), LARGEST / steps)))
     gain, per_width = 0.0, edges / largest
     for level in range(steps):
         boundary = (level + 0.5) * step
         edge = min(int(boundary * per_width), edges - 1)
-        gain += total[edge + 1] - boundary * (row.size - np.int64(place[edge + 1]))
+        gain += sums[0, edge + 1] - boundary * (row.size - np.int64(place[edge + 1]))
         for at in range(place[edge], place[edge + 1]):
             gain += max(row[at] - boundary, 0.0)
     return square - 2 * step * gain
 
 
 @kernel()
-def _least_error(values: Row, start: int, grid: Grid) -> int:
-    points, largest = grid[1], values[3]
-    unit = np.float32(1 / min(max(largest, 1e-36), 1e36))
-    least, _ = _error_up_to(values, start / points * largest, (grid[0], unit, np.inf))
-    best = start
-    for k in range(start + 1, points + 1):
-        error, _ = _error_up_to(values, k / points * largest, (grid[0], unit, least))
-        if error < least:
-            best, least = k, error
-    for k in range(start - 1, 0, -1):
-        error, clipped = _error_up_to(values, k / points * largest, (grid[0], unit, least))
-        if error <= least:
-            best, least = k, error
-        if clipped > least:  # and that of smaller thresholds is larger still
+def _least_of_all(filled: Row, grid: Grid, lanes: Lanes) -> int:
+    """As `_least_bounded`; all are measured, many side by side."""
+    (row, _, _, largest), (steps, points), (side, errors, fractions) = filled, grid, lanes
+    unit, high = np.float32(1 / min(max(largest, 1e-36), 1e36)), np.float32(steps)
+    best, least = points, np.inf
+    for low in range(points + 1 - _LANES, 1 - _LANES, -_LANES):
+        first = low + _LANES - 1  # of the fractions
+        _set_steps(fractions[first : first + _LANES], largest, high, side)
+        errors[:] = 0
+        for at in range(0, row.size, 256):
+            _add_errors(row[at : min(at + 256, row.size)], side, high, unit, errors)
+        lane = int(errors.argmin())
+        if errors[lane] <= least:
+            best, least = max(low + lane, 1), float(errors[lane])
+        below = (low - 1) / points * largest  # and at smaller thresholds it is more still
+        if below <= 0 or _clipped(filled, below, unit) > least * NEARLY:
             break
     return best
 
 
-@kernel()
-def _error_up_to(
-    values: Row, threshold: float, limits: tuple[int, np.float32, float]
-) -> tuple[float, float]:
-    """The squared error of the values, infinite above ``enough``, the last of ``limits``, and that
-    of those for certain clipped."""
-    (row, place, _, largest), (steps, unit, enough) = values, limits
-    edges, inside, outside = place.size - 1, 0, row.size
-    if largest > TINY:
-        edge = min(int(threshold * (_LESS * edges / largest)), edges - 1)
-        inside, outside = int(place[edge]), int(place[edge + 1])
-    step = np.float32(min(max(threshold / steps, SMALLEST_STEP), LARGEST / steps))
-    high = np.float32(steps)
-    clipped = float(_error(row[outside:], step, -high, high, unit))
-    total = clipped + float(_error(row[inside:outside], step, -high, high, unit))
-    square = (np.float64(step) * unit) ** 2
-    if total > enough or _hopeless(row[:inside], step, square, (total, enough)):
-        return np.inf, clipped
-    for at in range(0, inside, 256):
-        total += float(_error(row[at : min(at + 256, inside)], step, -high, high, unit))
-    return total, clipped
+@kernel(fastmath=_REORDERED)
+def _set_steps(fractions: Floats, largest: float, high: np.float32, side: Singles) -> None:
+    """Sets the second third of ``side`` to the steps, and the first to one over them."""
+    for lane in range(_LANES):
+        step = max(fractions[lane] * largest / high, SMALLEST_STEP)
+        side[_LANES + lane] = min(step, LARGEST / high)
+        side[lane] = np.float32(1) / side[_LANES + lane]
 
 
 @kernel()
-def _hopeless(row: Singles, step: np.float32, square: float, limits: tuple[float, float]) -> bool:
-    """Whether the error of what is not clipped adds more to the first of ``limits`` than the other
-    allows, for certain; in a simpler arithmetic, in which each value's is off by ``_OFF`` steps:
-
-        (√a + d)² ≤ a·(1 + η) + d²·(1 + 1/η),   d² = n·(_OFF·step)²,   η = _SLACK
-    """
-    (total, enough), at = limits, row.size
-    inverse = np.float32(1) / step
-    enough += enough * _SLACK + at * square * (_OFF * _OFF * (1 + 1 / _SLACK))
-    while at > 0 and total <= enough:
-        total += square * float(_fractions(row[max(at - 256, 0) : at], inverse))
-        at -= 256
-    return total > enough
-
-
-@kernel(fastmath=_CONTRACTED)
-def _fractions(row: Singles, inverse: np.float32) -> np.floating[Any]:
-    """The sum of squares of how far ``row`` is from whole steps."""
-    total = np.float32(0)
-    for at in range(row.size):
-        level = row[at] * inverse
-        error = level - np.rint(level)
-        total += error * error
+def _clipped(filled: Row, threshold: float, unit: np.float32) -> float:
+    """The least of the error in ``1 / unit²`` of what is clipped."""
+    (row, place, _, largest), edges, total = filled, filled[1].size - 1, 0.0
+    edge = min(int(threshold * (edges / largest)) + 1, edges) if largest > TINY else edges
+    for at in range(place[edge], row.size):
+        total += ((row[at] - threshold) * unit) ** 2
     return total
+
+
+@kernel(fastmath=_REORDERED)
+def _add_errors(
+    row: Singles, side: Singles, high: np.float32, unit: np.float32, errors: Floats
+) -> None:
+    """Adds the squared errors of ``row`` in ``1 / unit²``, for each of the steps in ``side``."""
+    for lane in range(_LANES):
+        side[2 * _LANES + lane] = 0
+    for at in range(row.size):
+        value = row[at]
+        for lane in range(_LANES):
+            level = min(np.rint(value * side[lane]), high)
+            error = (value - level * side[_LANES + lane]) * unit
+            side[2 * _LANES + lane] += error * error
+    for lane in range(_LANES):
+        errors[lane] += side[2 * _LANES + lane]

@@ -93,7 +93,7 @@ def test_a_threshold_that_is_found_can_be_changed_without_harm() -> None:
 def filled(values: Values) -> rounding.Row:
     """What the kernels know of a group: magnitudes in buckets, and sums from each edge on."""
     n, edges = values.size, min(values.size, 2048) + 1
-    row = np.empty(n, np.float32), np.empty(edges, np.uint32), np.empty(edges)
+    row = np.empty(n, np.float32), np.empty(edges, np.uint32), np.empty((3, edges))
     given_ = *row, float(np.abs(values).max())
     rounding._fill(values, np.empty(n, np.uint16), given_)
     return given_
@@ -103,7 +103,7 @@ def filled(values: Values) -> rounding.Row:
 @by_property
 @given(any_values)
 def test_buckets_hold_all_magnitudes_in_the_order_of_their_edges(values: Values) -> None:
-    row, places, sums, largest = filled(values)
+    row, places, (sums, excess, less), largest = filled(values)
     ascending = np.sort(np.abs(values))
     np.testing.assert_array_equal(np.sort(row), ascending)
     assert (places[0], places[-1], sums[-1]) == (0, row.size, 0)
@@ -113,6 +113,10 @@ def test_buckets_hold_all_magnitudes_in_the_order_of_their_edges(values: Values)
             assert (row[:place] <= edge * (1 + 1e-9)).all()
             assert (row[place:] >= edge * (1 - 1e-9)).all()
         assert total == pytest.approx(row[place:].astype(np.float64).sum(), rel=1e-12)
+    if largest > 1e-30:
+        expected = np.maximum(ascending - edges[:, None], 0).sum(axis=1)
+        np.testing.assert_allclose(excess, expected, rtol=1e-9, atol=1e-9 * float(sums[0]))
+    np.testing.assert_allclose(excess[:-1] + less[:-1], excess[1:], atol=1e-12 * float(sums[0]))
 
 
 @needs_numba
@@ -137,33 +141,30 @@ def test_the_error_from_buckets_is_that_of_the_values(
     if row[-1] < 1e-30:
         return
     square = float(np.square(row, dtype=np.float64).sum())
-    few = (qtype.steps, 100, np.inf)
-    found = rounding._measured(filled(values), k, (square, *few))
-    exact = float(k) / 100 * float(row[-1]) / qtype.steps
-    step = np.float64(np.float32(np.clip(exact, 2.0**-126, 3.4028234e38 / qtype.steps)))
+    exact = float(k) / 100 * float(row[-1])
+    found = rounding._measured(filled(values), square, exact, qtype.steps)
+    step = np.float64(np.float32(np.clip(exact / qtype.steps, 2.0**-126, 3.4e38 / qtype.steps)))
     levels = np.clip(np.rint(row / step), 0, qtype.steps)
     expected = float(np.square(row - levels * step).sum())
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-11 * square)
-    times = 100 * qtype.steps  # so that levels are looked up
-    many = np.repeat(row, times)
-    found = rounding._measured(filled(many), k, (square * times, *few))
-    assert found == pytest.approx(expected * times, rel=1e-6, abs=1e-10 * square * times)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-10 * square)
 
 
 @needs_numba
-@by_property
-@given(any_values, st.sampled_from(NARROW), st.integers(1, 100), st.floats(0, 2))
-def test_an_error_that_is_ruled_out_is_above_what_is_allowed(
-    values: Values, qtype: QuantType, k: int, share: float
-) -> None:
-    group = filled(values)
-    unit = np.float32(1 / min(max(group[3], 1e-36), 1e36))
-    threshold = k / 100 * group[3]
-    exact, clipped = rounding._error_up_to(group, threshold, (qtype.steps, unit, np.inf))
-    enough = share * exact
-    found, _ = rounding._error_up_to(group, threshold, (qtype.steps, unit, enough))
-    assert clipped <= exact
-    assert found == exact or (found == np.inf and exact > enough)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_bounds_rule_out_none_that_is_best(n: int) -> None:
+    for values in kinds(n):
+        group, square = filled(values), float(np.square(values, dtype=np.float64).sum())
+        fractions = np.maximum(np.arange(-31, 101), 1) / 100
+        lanes = np.empty(96, np.float32), np.empty(32), fractions
+        for steps in (1, 3, 7, 127):
+            if group[3] > 1e-30:
+                best = rounding._least_of_all(group, (steps, 100), lanes)
+                found = rounding._least_bounded(group, square, 50, (steps, 100), lanes)
+                errors = [
+                    rounding._measured(group, square, k / 100 * group[3], steps)
+                    for k in (best, found)
+                ]
+                assert errors[1] == pytest.approx(errors[0], rel=2e-5, abs=1e-10 * square)
 
 
 @plainly
