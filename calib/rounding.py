@@ -6,6 +6,7 @@ NumPy does it in float64.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ _MASK = _EDGES - 1
 _LESS = 1 - 1e-12  # so that no magnitude is on the last edge
 _FEW = 32
 _LANES = 32
-# Bounds take as long as going through so many values: first for each level, then side by side.
-_A_LEVEL, _MANY_LEVELS, _A_FURTHER = 35, 350, 13
+_SIDES = _LANES // 2  # thresholds side by side, each for two values
+_A_LEVEL = 32  # bounds take as long as going through so many values for each level
 
 Grid = tuple[int, int]
 Places = NDArray[np.uint32]
@@ -104,8 +105,8 @@ def seek(
     (largest, squares), (steps, points) = moments, grids
     found = np.zeros((noises.size, largest.size))
     best = np.ones((steps.size, largest.size), np.int64)
-    fractions = np.maximum(np.arange(1 - _LANES, points + 1), 1) / points
-    lanes = np.empty(3 * _LANES, np.float32), np.empty(_LANES), fractions
+    fractions = np.maximum(np.arange(1 - _SIDES, points + 1), 1) / points
+    lanes = np.empty(3 * _LANES, np.float32), np.empty(_SIDES), fractions
     longest = np.diff(starts).max()
     room, codes = np.empty(longest, np.float32), np.empty(longest, np.uint16)
     places, sums = np.empty(_EDGES + 1, np.uint32), np.empty((3, _EDGES + 1))
@@ -120,8 +121,7 @@ def seek(
             found[number, group] = _fixed_point(filled, noises[number])
         for width in range(steps.size):
             grid = steps[width], points
-            most = min(_A_LEVEL * steps[width], _MANY_LEVELS + _A_FURTHER * steps[width])
-            if row.size > most and largest[group] > TINY:
+            if row.size > _A_LEVEL * steps[width] and largest[group] > TINY:
                 guess = int(np.rint(found[width, group] / largest[group] * points))
                 k = min(max(guess, 1), points)
                 best[width, group] = _least_bounded(filled, squares[group], k, grid, lanes)
@@ -265,11 +265,12 @@ def _measured(filled: Row, square: float, threshold: float, steps: int) -> float
 def _least_of_all(filled: Row, grid: Grid, lanes: Lanes) -> int:
     """As `_least_bounded`; all are measured, many side by side."""
     (row, _, _, largest), (steps, points), (side, errors, fractions) = filled, grid, lanes
-    unit, high = np.float32(1 / min(max(largest, 1e-36), 1e36)), np.float32(steps)
+    exponent = min(max(-math.frexp(largest)[1], -126), 126)
+    unit, high = np.float32(math.ldexp(1.0, exponent)), np.float32(steps)
     best, least = points, np.inf
-    for low in range(points + 1 - _LANES, 1 - _LANES, -_LANES):
-        first = low + _LANES - 1  # of the fractions
-        _set_steps(fractions[first : first + _LANES], largest, high, side)
+    for low in range(points + 1 - _SIDES, 1 - _SIDES, -_SIDES):
+        first = low + _SIDES - 1  # of the fractions
+        _set_steps(fractions[first : first + _SIDES], largest, (high, unit), side)
         errors[:] = 0
         for at in range(0, row.size, 256):
             _add_errors(row[at : min(at + 256, row.size)], side, high, unit, errors)
@@ -283,12 +284,16 @@ def _least_of_all(filled: Row, grid: Grid, lanes: Lanes) -> int:
 
 
 @kernel(fastmath=_REORDERED)
-def _set_steps(fractions: Floats, largest: float, high: np.float32, side: Singles) -> None:
-    """Sets the second third of ``side`` to the steps, and the first to one over them."""
-    for lane in range(_LANES):
-        step = max(fractions[lane] * largest / high, SMALLEST_STEP)
-        side[_LANES + lane] = min(step, LARGEST / high)
-        side[lane] = np.float32(1) / side[_LANES + lane]
+def _set_steps(
+    fractions: Floats, largest: float, given: tuple[np.float32, np.float32], side: Singles
+) -> None:
+    """Sets the second third of ``side`` to the steps in units, and the first to one over them."""
+    high, unit = given
+    for lane in range(_SIDES):
+        wanted = max(fractions[lane] * largest / high, SMALLEST_STEP)
+        step = np.float32(min(wanted, LARGEST / high)) * unit
+        side[lane] = side[_SIDES + lane] = np.float32(1) / step
+        side[_LANES + lane] = side[_LANES + _SIDES + lane] = step
 
 
 @kernel()
@@ -308,11 +313,13 @@ def _add_errors(
     """Adds the squared errors of ``row`` in ``1 / unit²``, for each of the steps in ``side``."""
     for lane in range(_LANES):
         side[2 * _LANES + lane] = 0
-    for at in range(row.size):
-        value = row[at]
+    for at in range(0, row.size, 2):
+        one = row[at] * unit
+        other = row[at + 1] * unit if at + 1 < row.size else np.float32(0)
         for lane in range(_LANES):
+            value = one if lane < _SIDES else other
             level = min(np.rint(value * side[lane]), high)
-            error = (value - level * side[_LANES + lane]) * unit
+            error = value - level * side[_LANES + lane]
             side[2 * _LANES + lane] += error * error
-    for lane in range(_LANES):
-        errors[lane] += side[2 * _LANES + lane]
+    for lane in range(_SIDES):
+        errors[lane] += side[2 * _LANES + lane] + side[2 * _LANES + _SIDES + lane]

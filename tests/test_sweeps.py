@@ -154,8 +154,8 @@ def test_the_error_from_buckets_is_that_of_the_values(
 def test_bounds_rule_out_none_that_is_best(n: int) -> None:
     for values in kinds(n):
         group, square = filled(values), float(np.square(values, dtype=np.float64).sum())
-        fractions = np.maximum(np.arange(-31, 101), 1) / 100
-        lanes = np.empty(96, np.float32), np.empty(32), fractions
+        fractions = np.maximum(np.arange(-15, 101), 1) / 100
+        lanes = np.empty(96, np.float32), np.empty(16), fractions
         for steps in (1, 3, 7, 127):
             if group[3] > 1e-30:
                 best = rounding._least_of_all(group, (steps, 100), lanes)
