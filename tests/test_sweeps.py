@@ -146,7 +146,7 @@ def test_the_error_from_buckets_is_that_of_the_values(
     step = np.float64(np.float32(np.clip(exact / qtype.steps, 2.0**-126, 3.4e38 / qtype.steps)))
     levels = np.clip(np.rint(row / step), 0, qtype.steps)
     expected = float(np.square(row - levels * step).sum())
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-10 * square)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-11 * square)
 
 
 @needs_numba
