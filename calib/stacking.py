@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 
 from calib.calibrators import Calibrator, Flags, mended_thresholds, notes_on
 from calib.calibrators.mse import Mse
+from calib.compiled import enabled
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
 from calib.qtypes import QuantType
 from calib.quantize import scale_from_threshold
 
 _MOST_WORKERS = 4  # each has memory of its own
-_LITTLE = 1 << 19  # values
+_LITTLE = 1 << 17  # values
+_LITTLE_PLAIN = 1 << 19
 _NONE = np.zeros((3, 1), np.bool_)
 
 Item = TypeVar("Item")
@@ -183,12 +185,14 @@ def one_by_one(
 
 def spread(work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]) -> Iterator[Result]:
     """``work`` of each of ``items``, in their order, on all cores; few are begun ahead, so that
-    few take memory. With each comes its size: threads are not begun for little."""
+    few take memory. With each comes its size: threads are not begun for little, nor for what
+    mostly holds the interpreter's lock."""
     ahead, size, rest = list[Item](), 0, iter(items)
+    little = _LITTLE if enabled() else _LITTLE_PLAIN
     for item, own in rest:
         ahead.append(item)
         size += own
-        if size > _LITTLE:
+        if size > little:
             break
     else:
         yield from map(work, ahead)
