@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort  # type: ignore[import-untyped,unused-ignore]
 import pytest
 from models import MODELS, Feed, feed_for
 
@@ -26,9 +27,66 @@ from calib.rules import Rules, Widths
 from calib.table import CalibrationTable
 
 _ROOT = Path(__file__).resolve().parents[1]
+_MOST_WORKERS = 4  # each takes up to 2 GB
+# The files that last longest, by what they take: a run that began one last would wait for it.
+_LONGEST_FIRST = (
+    "figures",
+    "qat_samples",
+    "samples_speed",
+    "nothing_lost",
+    "recipes",
+    "cli_output",
+    "memory",
+    "packaging",
+    "page",
+    "cluster",
+    "resumed",
+    "readme",
+    "fuzz_bytes",
+    "gate",
+    "qat_export_models",
+    "samples",
+    "qat_export",
+    "qat_training",
+    "qat_resnet20",
+    "external_data",
+    "cli_options",
+    "ci_samples",
+    "corpus",
+    "write",
+    "qat_distributed",
+)
 
 Save = Callable[[onnx.ModelProto], Path]
 Load = Callable[[str], Model]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A run of all tests is shared out between the cores, whole files at a time, unless -n or --pdb
+    says otherwise; files that were asked for are run at once, here."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # which gets here, too
+        return
+    option = config.option
+    asked = any(Path(name.partition("::")[0]).is_file() for name in option.file_or_dir)
+    if asked or option.usepdb or getattr(option, "numprocesses", 0) is not None:
+        return
+    option.numprocesses = min(_cores(), _MOST_WORKERS)
+    option.dist, option.loadscopereorder = "loadfile", False
+    if option.numprocesses > 1:  # workers, and what they start, inherit it
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # of the run that is shared out
+        rank = {f"test_{name}.py": number for number, name in enumerate(_LONGEST_FIRST)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +105,25 @@ def needs_onnxruntime(major: int, minor: int) -> None:
     """Skips a test of what older versions compute otherwise, or cannot run."""
     if version() < (major, minor):
         pytest.skip(f"onnxruntime before {major}.{minor} behaves otherwise here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_in_each_worker(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In a run shared out between the cores, onnxruntime takes one thread where nobody says how
+    many: as many as there are cores, in each worker, would spin in each other's way."""
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    start = ort.InferenceSession.__init__
+
+    def with_one(self: Any, model: Any, sess_options: Any = None, *more: Any, **named: Any) -> None:
+        options = sess_options or ort.SessionOptions()
+        options.intra_op_num_threads = options.intra_op_num_threads or 1
+        start(self, model, options, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ort.InferenceSession, "__init__", with_one)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
