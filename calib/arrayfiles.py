@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -38,24 +38,23 @@ class _Column:
     """One array of a file: what its header says, and how to reach its bytes.
 
     Attributes:
-        span: where its bytes begin and end in the file, if they are there as they are.
+        member: of an archive.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    open: Callable[[], BinaryIO]
     path: Path
-    span: tuple[int, int] | None = None
+    member: str | None = None
 
     def read(self, start: int, stop: int, size: int) -> Iterator[Array]:
         row_shape = self.shape[1:]
         row_bytes = self.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
         try:
-            with self._opened_for(start) as stream:
+            stream, end = self._opened_for(start, stop)
+            with stream:
                 _read_header(stream)
                 stream.seek(start * row_bytes, 1)
-                end = self.span[1] if start and self.span else math.inf
                 for first in range(start, stop, size):
                     rows = min(size, stop - first)
                     block = stream.read(rows * row_bytes)
@@ -65,13 +64,19 @@ class _Column:
         except DAMAGED_FILE as error:
             raise DataError(f"{self.path}: {self.name!r}: {one_line(error)}") from error
 
-    def _opened_for(self, start: int) -> BinaryIO:
-        """From the beginning, checksums are seen to; else an archive would read all before."""
-        if not start or self.span is None:
-            return self.open()
-        stream = self.path.open("rb")
-        stream.seek(self.span[0])
-        return stream
+    def _opened_for(self, start: int, stop: int) -> tuple[BinaryIO, float]:
+        """What rows are read from, and where it ends at the latest.
+
+        To begin in the middle, an archive reads all before. Only who reads the last row lets it:
+        then it has seen all, and holds it against its checksum.
+        """
+        if self.member is not None and start > 0 and stop < self.shape[0]:
+            span = _stored_at(self.path, self.member)
+            if span is not None:
+                stream = self.path.open("rb")
+                stream.seek(span[0])
+                return stream, span[1]
+        return _opened(self.path, self.member), math.inf
 
     def as_one_row(self) -> _Column:
         """The same values with a leading axis of length 1."""
@@ -221,27 +226,25 @@ def _open_columns(path: Path, takes: Takes) -> dict[str, _Column]:
                 f"{path}: an .npy holds one array, the model has {len(names)} inputs: "
                 f"use an .npz with arrays named {listed(names)}"
             )
-        return {names[0]: _column(path, names[0], lambda: path.open("rb"))}
+        return {names[0]: _column(path, names[0])}
     if path.suffix != ".npz":
         raise DataError(
             f"{path}: calibration data must be an .npz or .npy file, a directory, or "
             f"package.module:function"
         )
     with zipfile.ZipFile(path) as archive:
-        members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-    columns = {}
-    for info in members:
-        column = _column(path, info.filename[:-4], _member_opener(path, info.filename))
-        columns[column.name] = replace(column, span=_stored_at(path, info))
-    return columns
+        members = [m for m in archive.namelist() if m.endswith(".npy")]
+    return {m[:-4]: _column(path, m[:-4], m) for m in members}
 
 
-def _member_opener(path: Path, member: str) -> Callable[[], BinaryIO]:
-    return lambda: cast(BinaryIO, zipfile.ZipFile(path).open(member))
+def _opened(path: Path, member: str | None) -> BinaryIO:
+    return path.open("rb") if member is None else cast(BinaryIO, zipfile.ZipFile(path).open(member))
 
 
-def _stored_at(path: Path, info: zipfile.ZipInfo) -> tuple[int, int] | None:
+def _stored_at(path: Path, member: str) -> tuple[int, int] | None:
     """Where the bytes of a member begin and end, if it is neither compressed nor encrypted."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         return None
     with path.open("rb") as stream:
@@ -253,8 +256,8 @@ def _stored_at(path: Path, info: zipfile.ZipInfo) -> tuple[int, int] | None:
     return start, start + info.file_size
 
 
-def _column(path: Path, name: str, open_: Callable[[], BinaryIO]) -> _Column:
-    with open_() as stream:
+def _column(path: Path, name: str, member: str | None = None) -> _Column:
+    with _opened(path, member) as stream:
         shape, fortran_order, dtype = _read_header(stream)
     if dtype.hasobject:
         raise DataError(f"{path}: {name!r} holds Python objects, only numbers can be fed")
@@ -263,7 +266,7 @@ def _column(path: Path, name: str, open_: Callable[[], BinaryIO]) -> _Column:
             f"{path}: {name!r} is stored in Fortran order and cannot be read by samples: "
             f"save np.ascontiguousarray of it"
         )
-    return _Column(name, shape, dtype, open_, path)
+    return _Column(name, shape, dtype, path, member)
 
 
 def _read_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -27,20 +27,21 @@ def enabled() -> bool:
     if os.environ.get(PLAIN, "") not in ("", "0"):
         return False
     try:
-        import numba  # noqa: F401, PLC0415 - half a second
+        import numba  # noqa: PLC0415 - half a second
     except ModuleNotFoundError:
         return False
     except Exception as error:  # numba refuses a NumPy that is too new for it
         _LOG.warning("numba cannot be used, NumPy works instead: %s", error)
         return False
-    return True
+    return not getattr(numba.config, "DISABLE_JIT", 0)
 
 
 class Kernel(Generic[P, R]):
     """A function that is compiled when it is first called; it releases the interpreter lock.
 
-    It may call other kernels of its module. Compiled code is kept in numba's cache, so that a
-    process after the first only loads it.
+    It may call other kernels of its module, and `prefetch`. Compiled code is kept in numba's
+    cache, so that a process after the first only loads it; a change of another module goes
+    unnoticed there.
     """
 
     def __init__(self, function: Callable[P, R], *, fastmath: bool | set[str]):

@@ -159,8 +159,8 @@ class Counter:
 
 
 class _Local(threading.local):
-    """What each thread counts in before it adds that to a tensor's counts: small, so that it stays
-    in the fastest cache, and zero in between."""
+    """What each thread counts in before it adds that to a tensor's counts; zero in between. What
+    occurs of it is small, so that it stays in the fastest cache."""
 
     def __init__(self) -> None:
         lanes = np.zeros(N_CODES, [(lane, np.uint16) for lane in "abcd"])

@@ -1,14 +1,17 @@
-"""Counters in an ``.npz``: the non-empty bins of each, exact statistics beside them, a manifest."""
+"""Counters as they are stored in an ``.npz``, with a manifest, and as they travel between
+processes: the non-empty bins of each, exact statistics beside them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
 
 from calib.counter import Counter
 
@@ -67,3 +70,28 @@ def _restore(arrays: NpzFile, key: str) -> Counter:
         raise ValueError(f"{key} lies between {counter.min} and {counter.max}")
     counter.n_zero, counter.n_nan, counter.n_inf = map(int, exact)
     return counter
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A counter as it travels: only the bins that hold something."""
+
+    codes: NDArray[np.uint16]
+    counts: NDArray[np.int64]
+    ends: tuple[float, float]
+    special: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, counter: Counter) -> Packed:
+        """All that ``counter`` has counted."""
+        codes, counts = counter.bins()
+        special = counter.n_zero, counter.n_nan, counter.n_inf
+        return cls(codes.astype(np.uint16), counts, (counter.min, counter.max), special)
+
+    def unpacked(self) -> Counter:
+        """The counter."""
+        counter = Counter()
+        counter.counts[self.codes] = self.counts
+        counter.min, counter.max = self.ends
+        counter.n_zero, counter.n_nan, counter.n_inf = self.special
+        return counter

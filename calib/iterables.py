@@ -219,4 +219,4 @@ def _named(item: Any, takes: Takes, where: str) -> tuple[dict[str, Array], Array
 def _as_array(value: Any) -> Array:
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
-    return np.asarray(value)
+    return np.array(value)  # a copy: the next batch may come in the same memory

@@ -65,7 +65,8 @@ def observe(
 
     All cores run the model, then all cores count. Of a single sample, operators have too little to
     share: then two batches are under way at a time, each in a thread of its own, and each with
-    counters of its own, as counting is exact in any order. See README, "Speed".
+    counters of its own, as counting is exact in any order. See README, "Speed". Without a bound on
+    memory, one more batch waits for each thread.
 
     Args:
         model, batches, names, how: what is run on what, which values, and how.

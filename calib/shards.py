@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock, get_ident
-
-import numpy as np
-from numpy.typing import NDArray
 
 from calib import capture
 from calib.arrays import Batch, Feeds
 from calib.capture import Runtime, Session
 from calib.counter import Counter
-from calib.counterfile import Counters
+from calib.counterfile import Counters, Packed
 from calib.data import Data, Origin, open_data
 from calib.errors import CalibError, ClusterError, OptionError
 from calib.graph import Model, load_model
@@ -26,7 +23,6 @@ from calib.observations import Observations, halved
 from calib.observing import Observing, observe
 
 _LEAST_BATCHES = 2
-_SESSIONS = 4  # kept by a worker
 _MOST_BATCHES = 64  # so much is lost with a worker that dies
 
 
@@ -165,32 +161,6 @@ def _edges(n_batches: int, n_workers: int, n_kept: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """A counter as it travels: only the bins that hold something."""
-
-    codes: NDArray[np.uint16]
-    counts: NDArray[np.int64]
-    ends: tuple[float, float]
-    special: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, counter: Counter) -> Packed:
-        """All that ``counter`` has counted."""
-        counts = counter.counts
-        codes = np.flatnonzero(counts)
-        special = counter.n_zero, counter.n_nan, counter.n_inf
-        return cls(codes.astype(np.uint16), counts[codes], (counter.min, counter.max), special)
-
-    def unpacked(self) -> Counter:
-        """The counter."""
-        counter = Counter()
-        counter.counts[self.codes] = self.counts
-        counter.min, counter.max = self.ends
-        counter.n_zero, counter.n_nan, counter.n_inf = self.special
-        return counter
-
-
-@dataclass(frozen=True, slots=True)
 class Counted:
     """What was counted of a shard: all of it, or its halves; and of first batches, where wanted."""
 
@@ -215,10 +185,10 @@ def count(task: Task, shard: Shard) -> Counted | Uneven | CalibError:
             padding_mask=task.how.padding_mask,
         )
         how = replace(task.how, resumed=before, keep_batches=shard.n_kept)
-        load = partial(_session, get_ident(), task) if how.max_memory is None else None
+        load = partial(_session, task) if how.max_memory is None else None
         seen = observe(model, _checked(data, shard), task.names, how, load)
     except BaseException as error:
-        _session.cache_clear()  # what failed is cancelled for good
+        _KEPT.session = None  # what failed is cancelled for good
         if isinstance(error, _UnevenError):
             return Uneven()
         if isinstance(error, CalibError):
@@ -251,7 +221,7 @@ def _packed(counters: Counters) -> dict[str, Packed]:
     return {name: Packed.of(counter) for name, counter in counters.items()}
 
 
-_OPENING = Lock()
+_OPENING = threading.Lock()
 
 
 def _opened(task: Task) -> tuple[Model, Feeds]:
@@ -286,10 +256,23 @@ def _open(task: Task) -> tuple[Model, Feeds]:
     return model, data
 
 
-@lru_cache(maxsize=_SESSIONS)
-def _session(_thread: int, task: Task, runtime: Runtime, values: tuple[str, ...]) -> Session:
-    """Kept for the next shard; of each thread of a worker its own, as it may be cancelled."""
-    return Session(_opened(task)[0].ir, runtime, values=values)
+class _Kept(threading.local):
+    """A session, kept for the next shard; each thread has its own, as it may be cancelled."""
+
+    key: object = None
+    session: Session | None = None
+
+
+_KEPT = _Kept()
+
+
+def _session(task: Task, runtime: Runtime, values: tuple[str, ...]) -> Session:
+    key = task, runtime, values
+    if _KEPT.session is None or _KEPT.key != key:
+        _KEPT.session = None  # gone before there is another
+        _KEPT.session = Session(_opened(task)[0].ir, runtime, values=values)
+        _KEPT.key = key
+    return _KEPT.session
 
 
 def _listed(versions: tuple[object, ...]) -> str:

@@ -14,7 +14,9 @@ class Streams:
 
     Task k runs in thread k modulo n: what every n-th task works with belongs to it alone. Up to
     ``ahead`` tasks wait for each thread, which then need not wait for them. As a context manager,
-    it waits for what is under way; ``cancel`` is called first if the block fails, to end that soon.
+    it waits for what is under way; ``cancel`` is called first if a task failed or there was an
+    interrupt, to end that soon. An error of the block's own is later than the tasks put before it,
+    and is raised if none of them fails. After an error no task is run any more.
     """
 
     def __init__(self, n: int, cancel: Callable[[], None] = lambda: None, ahead: int = 0):
@@ -24,11 +26,12 @@ class Streams:
         self._under_way: deque[Future[None]] = deque()
         self._n_put = 0
         self._failed: float = math.inf
+        self._heard = False
 
     def put(self, task: Callable[[], None]) -> None:
         """Starts ``task`` as soon as its thread is free; raises what an earlier one raised."""
         while len(self._under_way) >= self._most:
-            self._under_way.popleft().result()
+            self._hear()
         thread = self._threads[self._n_put % len(self._threads)]
         self._under_way.append(thread.submit(self._run, self._n_put, task))
         self._n_put += 1
@@ -36,7 +39,14 @@ class Streams:
     def drain(self) -> None:
         """Waits until all tasks are done; raises what one of them raised."""
         while self._under_way:
+            self._hear()
+
+    def _hear(self) -> None:
+        try:
             self._under_way.popleft().result()
+        except BaseException:
+            self._heard = True
+            raise
 
     def _run(self, number: int, task: Callable[[], None]) -> None:
         if number > self._failed:
@@ -56,9 +66,13 @@ class Streams:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._cancel()
-        for thread in self._threads:
-            thread.shutdown(wait=False, cancel_futures=kind is not None)
-        for thread in self._threads:
-            thread.shutdown(wait=True)
+        try:
+            if kind is not None and issubclass(kind, Exception) and not self._heard:
+                self.drain()
+        finally:
+            if kind is not None:
+                self._cancel()
+            for thread in self._threads:
+                thread.shutdown(wait=False, cancel_futures=kind is not None)
+            for thread in self._threads:
+                thread.shutdown(wait=True)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Load
-from models import Array, Feed
+from conftest import Load, Save
+from models import Array, Feed, parsed
 from test_observations import assert_same, cut, rich
 
 from calib.arrays import Batch
 from calib.capture import Runtime, Session, Values
 from calib.counter import Counter
+from calib.data import Reading, open_data
 from calib.errors import DataError, ModelError
 from calib.graph import Model, load_model
 from calib.observations import Observations
@@ -175,6 +176,45 @@ def test_an_error_in_the_data_ends_what_is_under_way(load: Load) -> None:
     with pytest.raises(DataError, match="in sample 30"):
         observe(load("gemm_activation"), cut(bad, [5, 11, 18]), NAMES, Observing())
     assert not living()
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 6])
+@pytest.mark.parametrize("what", ["nan", "raises"])
+@pytest.mark.parametrize("single", [False, True])
+def test_what_fails_earlier_in_the_data_is_named_however_soon_it_is_read(
+    save: Save, distance: int, what: str, single: bool
+) -> None:
+    model = load_model(save(parsed("(float[N,6] x) => (float[N,6] y) { y = Exp(x) }")))
+    rows = 1 if single else 4
+
+    def batches() -> Iterator[Batch]:
+        yield Batch({"x": np.full((rows, 6), 1000, np.float32)})
+        for _ in range(distance - 1):
+            yield Batch({"x": np.zeros((rows, 6), np.float32)})
+        if what == "raises":
+            raise RuntimeError("the loader")
+        yield Batch({"x": np.full((rows, 6), np.nan, np.float32)})
+
+    with pytest.raises(
+        ModelError, match="'y' becomes infinite in the batch that starts at sample 0"
+    ):
+        observe(model, batches(), ["y"])
+    assert not living()
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_batches_may_come_in_the_same_memory(save: Save, single: bool) -> None:
+    model = load_model(save(parsed("(float[N,64] x) => (float[N,64] y) { y = Relu(x) }")))
+
+    def reusing() -> Iterator[Feed]:
+        array = np.zeros((1 if single else 2000, 64), np.float32)
+        for number in range(20):
+            array[:] = number + 1
+            yield {"x": array}
+
+    seen = observe(model, open_data(model, reusing(), Reading()).batches(), ["y"])
+    _, counts = seen.counters["y"].bins()
+    assert counts.tolist() == [64 * (1 if single else 2000)] * 20
 
 
 def test_ctrl_c_ends_a_run_of_the_model_that_is_under_way(

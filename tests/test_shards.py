@@ -17,7 +17,7 @@ from test_observations import facts
 
 from calib import shards
 from calib.arrays import Feeds
-from calib.capture import Runtime
+from calib.capture import Runtime, Session
 from calib.counterfile import Counters
 from calib.data import Data, Reading, open_data
 from calib.errors import CalibError, ClusterError, DataError, ModelError, OptionError
@@ -264,6 +264,48 @@ def test_another_model_other_data_and_other_versions_are_refused(
             raise error
     Path("digits.onnx").unlink()
     assert str(answered(replace(task, names=()))).endswith(": digits.onnx: no such file")
+
+
+def test_a_damaged_archive_is_noticed_by_workers_as_by_one_process(
+    save: Save, tmp_path: Path
+) -> None:
+    model = save(parsed("(float[N,6] x) => (float[N,6] y) { y = Relu(x) }"))
+    path = tmp_path / "data.npz"
+    np.savez(path, x=np.random.default_rng(0).standard_normal((4000, 6)).astype(np.float32))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    loaded, feeds = opened(model, path)
+    task = Task.of(loaded, feeds, ("x", "y"), Observing())
+    answers = [count(task, shard) for shard in cut(feeds, feeds.n_samples, 2)]
+    assert isinstance(answers[-1], DataError)
+    assert "Bad CRC-32" in str(answers[-1])
+
+
+def test_a_worker_keeps_its_session_until_a_shard_fails_or_another_task_comes(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(parsed("(float[N,6] x) => (float[N,6] y) { y = Exp(x) }"))
+    x = np.zeros((64, 6), np.float32)
+    x[40] = 1000
+    np.savez(tmp_path / "data.npz", x=x)
+    loaded, feeds = opened(model, tmp_path / "data.npz")
+    made: list[Session] = []
+
+    def noted(*args: Any, **settings: Any) -> Session:
+        made.append(Session(*args, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(shards, "Session", noted)
+    task = Task.of(loaded, feeds, ("x", "y"), Observing())
+    n_made = []
+    for start, one in ((0, task), (16, task), (32, task), (48, task), (0, task)):
+        found = count(one, Shard(start, start + 16))
+        assert isinstance(found, ModelError) == (start == 32)
+        n_made.append(len(made))
+    found = count(replace(task, names=("y",)), Shard(0, 16))
+    assert isinstance(found, shards.Counted)
+    assert [*n_made, len(made)] == [1, 1, 1, 2, 2, 3]
 
 
 def test_batches_from_python_cannot_be_dealt_out() -> None:

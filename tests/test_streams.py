@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -108,6 +109,24 @@ def test_after_an_error_no_task_is_started_and_what_is_under_way_is_cancelled(ah
     with pytest.raises(ValueError, match="task 1"):
         run()
     assert 3 not in started
+    assert not living()
+
+
+def test_an_error_in_the_block_is_later_than_the_tasks_before_it() -> None:
+    def fail() -> None:
+        time.sleep(0.05)
+        raise ValueError("task 1")
+
+    def run(*tasks: Callable[[], None]) -> None:
+        with Streams(2, ahead=1) as streams:
+            for task in tasks:
+                streams.put(task)
+            raise RuntimeError("the block")
+
+    with pytest.raises(ValueError, match="task 1"):
+        run(lambda: None, fail)
+    with pytest.raises(RuntimeError, match="the block"):
+        run(lambda: None, lambda: None)
     assert not living()
 
 
