@@ -25,6 +25,12 @@ from calib.quantize import fake_quantize, scale_from_threshold
 from calib.ranked import Floats, Ranked, joined, starts_of
 from calib.rounding import seek, squared_errors
 
+# Rounding noises that are likely to be asked for together: one pass finds all.
+_USUAL = [
+    {QuantType(b, signed=signed, narrow=narrow).rounding_noise for b in range(2, 9)}
+    for signed, narrow in ((True, True), (True, False), (False, False))
+]
+
 
 class Samples:
     """Raw values of shape ``(G, N)``, optionally each standing for ``counts`` values.
@@ -103,7 +109,8 @@ class Samples:
         """See `Seeking`."""
         if self._fast():
             if noise not in self._fixed:
-                self._seek(self._expected, noise)
+                kind = next((kind for kind in _USUAL if noise in kind), ())
+                self._seek(self._expected, noise, *kind)
             return self._fixed[noise].copy()
         return self._ranked.fixed_point(noise)
 
