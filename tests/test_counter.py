@@ -228,10 +228,10 @@ def test_arrays_longer_than_the_inner_chunk_are_counted_whole() -> None:
     assert counter.n_finite == values.size - 3
 
 
+@pytest.mark.parametrize("n", [*range((1 << 18) - 9, (1 << 18) + 9), 1_000_003])
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -2.0, 1e-42, -1e-42])
-def test_any_number_of_equal_values_is_counted(value: float) -> None:
+def test_any_number_of_equal_values_is_counted(value: float, n: int) -> None:
     """Inner counts are of 16 bits: here all values go to the same."""
-    n = 1_000_003
     counter = counted(np.full(n, value, np.float32))
     assert counter.counts.max() == counter.n_finite == n
     assert counter.n_zero == (n if value == 0 else 0)
