@@ -28,6 +28,7 @@ from calib.shards import Counted, Shard, Task, Total, Uneven, count, cut, cut_un
 _PATIENCE_S = 20
 _START_S = 120  # reading libraries from a cold disk, most of all
 _POLL_S = 0.02
+_WARNINGS = "PYTHONWARNINGS"
 _FIRST = "FIRST_COMPLETED"
 _PACKAGE = "octav-calibrate"
 # Dask raises asyncio's, another class than the built-in one on Python 3.10.
@@ -107,12 +108,24 @@ def _uninterrupted_children() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # which ends with unblocking the signal
+    _start_tracker()  # which ends with unblocking the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _start_tracker() -> None:
+    """Python's process that tidies up behind those that are killed: that it had to is no news."""
+    before = os.environ.get(_WARNINGS)
+    os.environ[_WARNINGS] = ",".join(filter(None, [before, "ignore:resource_tracker"]))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ[_WARNINGS]
+        if before is not None:
+            os.environ[_WARNINGS] = before
 
 
 def _start(client: Client, cluster: Any, workers: int) -> None:

@@ -82,8 +82,8 @@ def plain_squared_errors(piece: Singles, steps: Singles, levels: Singles, unit: 
 def plain_least_errors(
     rows: Singles, excess: Floats, squares: Floats, grid: tuple[int, int]
 ) -> Starts:
-    """As `least_errors`, of ``rows`` ``(G, N)`` and their `plain_excesses`, in NumPy: the bounds
-    of all groups are one product of matrices."""
+    """k of the least error as `calib.rounding.seek` finds it, of ``rows`` ``(G, N)`` and their
+    `plain_excesses`, in NumPy: the bounds of all groups are one product of matrices."""
     steps, points = grid
     largest = rows[:, -1].astype(np.float64)
     gains = excess @ line_weights(steps, points, excess.shape[1] - 1)

@@ -183,7 +183,8 @@ class Ranked:
 
         def root(rank: Ranks) -> Floats:
             above = self.count_at(rank)
-            return self.at(self.sum, rank) / np.maximum(noise * (nonzero - above) + above, noise)
+            weight = noise * (nonzero - above) + above
+            return self.at(self.sum, rank) / np.where(weight > 0, weight, 1)
 
         rank = self._first(nonzero.shape, lambda at, rank: root(rank) >= self.magnitude.take(at))
         before = self.magnitude.take(self.starts[:-1] + np.maximum(rank - 1, 0))

@@ -30,7 +30,7 @@ Grid = tuple[int, int]
 Places = NDArray[np.uint32]
 # A group of magnitudes in E buckets that are equally wide, one behind another; for each of E + 1
 # edges the place of the first magnitude from there on, the sum of all these, by how much they
-# exceed the edge in sum, and how much that is less than of the next; and the largest.
+# exceed the edge in sum, and that of the next edge minus this (never above 0); and the largest.
 Row = tuple[Singles, Places, Floats, float]
 # Room for what is computed side by side, and k / points from far below 1 on.
 Lanes = tuple[Singles, Floats, Floats]

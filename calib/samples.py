@@ -115,8 +115,8 @@ class Samples:
         return self._ranked.fixed_point(noise)
 
     def expect(self, sweeps: Iterable[tuple[int, QuantType]], noises: Iterable[float] = ()) -> None:
-        """Says that `least_mse` and `fixed_point` of these are to be asked for: all are found in
-        one pass."""
+        """Says that `least_mse` and `fixed_point` of these are to be asked for: those of as many
+        points as the first, on grids that are symmetric for these values, are found in one pass."""
         self._expected, self._noises = tuple(sweeps), tuple(noises)
 
     def least_mse(self, points: int, qtype: QuantType) -> Floats:
@@ -132,7 +132,8 @@ class Samples:
 
     def _seeks(self, qtype: QuantType) -> bool:
         """Whether the grid is symmetric for these values, and float32 exact enough."""
-        return self._single(qtype) and (qtype.narrow or not self.has_negative)
+        levels = qtype.narrow or (qtype.qmax == qtype.steps and not self.has_negative)
+        return self._single(qtype) and levels
 
     def _seek(self, sweeps: Sequence[tuple[int, QuantType]], *noise: float) -> None:
         """Finds what is expected and ``noise``, and of ``sweeps`` those with as many points as the

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -267,6 +268,25 @@ def test_workers_that_are_all_gone_are_not_waited_for_for_ever(
     monkeypatch.setattr(cluster, "_dask", Dask)
     with pytest.raises(ClusterError, match=r"^all workers have been gone for \d+ s$"):
         cluster._finished(Client(), [])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="semaphores as POSIX has them")
+@pytest.mark.parametrize("given", [None, "default"])
+def test_what_a_process_that_is_killed_leaves_behind_is_tidied_up_in_silence(
+    given: str | None,
+) -> None:
+    code = (
+        "import multiprocessing, os\n"
+        "from calib import cluster\n"
+        "with cluster._uninterrupted_children(): pass\n"
+        "kept = multiprocessing.get_context('spawn').Semaphore()\n"
+        "print(os.environ.get('PYTHONWARNINGS'), flush=True)\n"
+        "os._exit(0)\n"
+    )
+    environment = {**clean_environment(), **({"PYTHONWARNINGS": given} if given else {})}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout.strip(), done.stderr) == (str(given), "")
 
 
 PS = ["ps", "-A", "-o", "sid=,args="]

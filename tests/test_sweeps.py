@@ -229,3 +229,21 @@ def test_groups_ranked_by_the_kernel_are_those_of_numpy(monkeypatch: pytest.Monk
     t = np.array([[0.0, 0.0], [2.0, 2.0], [2.5, 5.0]])
     for one, other in zip(fast.tail(t), plain.tail(t), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_fixed_point_may_have_more_noise_than_clipping(
+    plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no value is inside, noise has no say: the mean of what is clipped."""
+    if plain:
+        monkeypatch.setattr(compiled, "enabled", lambda: False)
+    assert Samples(np.array([[2.0]], np.float32)).fixed_point(7.0)[0] == 2
+
+
+@pytest.mark.parametrize("zero_point", [0, 10, 200, 255])
+def test_a_sweep_knows_the_levels_above_a_zero_point(zero_point: int) -> None:
+    values = np.abs(np.random.default_rng(0).standard_normal((2, 500))).astype(np.float32)
+    qtype = QuantType(8, signed=False, zero_point=zero_point)
+    found = Samples(values).least_mse(100, qtype)
+    np.testing.assert_array_equal(found, sweep(Samples(values), 100, qtype))
