@@ -3,6 +3,10 @@ the integral of the error over every bin."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -173,3 +177,15 @@ def test_the_error_from_cells_is_that_of_every_bin(bits: int, fraction: float) -
         for qtype in (QuantType(bits, signed), QuantType(bits, signed=True, narrow=True)):
             expected = error_of_every_bin(counter, float(t[0]), qtype)
             assert dist.mse(t, qtype)[0] == pytest.approx(expected, rel=1e-9)
+
+
+@needs_numba
+def test_where_numba_is_told_not_to_compile_numpy_works() -> None:
+    code = (
+        "import numpy as np; from calib import compiled; from calib.counter import Counter\n"
+        "print(compiled.enabled(), Counter.of(np.ones(5, np.float32)).n_finite)"
+    )
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["False", "5"]
