@@ -17,7 +17,7 @@ import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
 from calib.errors import CalibError, ModelError, OptionError, one_line
-from calib.prepare import remove_unused
+from calib.parts import copy_for, part_for
 
 Values = dict[str, NDArray[Any]]
 Source = Path | ir.Model
@@ -289,37 +289,36 @@ def _source(
 ) -> _Source:
     """The model with ``values`` as its only outputs; itself it stays as it is. Weights are not
     copied: external data is read where it lies, if it lies in one folder."""
-    model = model.clone()
-    if values is not None:
-        by_name = {v.name: v for node in model.graph for v in node.outputs}
-        outputs = [by_name[name] for name in dict.fromkeys(values) if name in by_name]
-        if outputs:  # a model must have one
-            model.graph.outputs.clear()
-            model.graph.outputs.extend(outputs)
-            remove_unused(model)  # which onnxruntime would execute
-    tensors = [
-        v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value
-    ]
+    graph = (part := part_for(model, values)).graph
+    graphs = (graph, *model.graph.subgraphs())
+    tensors = [t for g in graphs for v in g.initializers.values() if (t := v.const_value)]
     folders = {str(t.base_dir) for t in tensors if isinstance(t, ir.ExternalTensor)}
-    shared = [v for v in model.graph.initializers.values() if _is_shared(v)]
+    shared = [value for value in graph.initializers.values() if _is_shared(value)]
     inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
     inline -= sum(v.const_value.nbytes for v in shared if v.const_value)
     if len(folders) > 1 or inline > _MOST_INLINE_BYTES:
         try:
             folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="octav-calibrate-"))
-            ir.save(model, Path(folder, "model.onnx"), external_data="model.data")
+            path = Path(folder, "model.onnx")
+            ir.save(copy_for(model, values), path, external_data="model.data")
         except OSError as error:
             raise ModelError(
                 f"{tempfile.gettempdir()}: no working copy of the model can be written: "
                 f"{error.strerror or one_line(error)}; let TMPDIR name a folder with room"
             ) from error
-        return _Source(str(Path(folder, "model.onnx")))
+        return _Source(str(path))
     if folders:
         options.add_session_config_entry(_FOLDER_OF_EXTERNAL_DATA, folders.pop() or ".")
-    weights = {str(value.name): _share(value) for value in shared}
+    weights = {}
+    for value in shared:
+        assert value.name is not None
+        assert value.const_value is not None
+        array = np.ascontiguousarray(value.const_value.numpy())
+        weights[value.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        graph.initializers[value.name] = _reference(value.const_value, value.name)
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
-    return _Source(bytes(ir.to_proto(model).SerializeToString()), weights)
+    return _Source(bytes(ir.to_proto(part).SerializeToString()), weights)
 
 
 def _is_shared(value: ir.Value) -> bool:
@@ -335,16 +334,8 @@ def _is_shared(value: ir.Value) -> bool:
     )
 
 
-def _share(value: ir.Value) -> ort.OrtValue:
-    """The constant as onnxruntime reads it; a mere reference to data elsewhere in the graph."""
-    tensor = value.const_value
-    assert tensor is not None
-    value.const_value = ir.ExternalTensor(
-        _NO_FILE,
-        0,
-        tensor.nbytes,
-        tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        name=value.name or "",
-    )
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
+def _reference(tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """A constant that is said to lie elsewhere."""
+    shape = ir.Shape(tensor.shape.numpy())
+    elsewhere = ir.ExternalTensor(_NO_FILE, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+    return ir.Value(name=name, const_value=elsewhere)

@@ -1,7 +1,8 @@
 """Make a model ready for quantization without changing what it computes.
 
-Constant chains behind weights become initializers, BatchNormalization goes into the layer
-before it, every node and value has a name. Names of inputs, outputs and nodes are kept.
+Constant chains behind weights, and behind the shapes and places that operators are told, become
+initializers, BatchNormalization goes into the layer before it, every node and value has a name.
+Names of inputs, outputs and nodes are kept.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ _LOG = logging.getLogger(__name__)
 QUANTIZABLE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 _IR_WITHOUT_INITIALIZER_INPUTS = 4
+# Operators of which all inputs but the first say what shape or place is meant: once these are
+# numbers, shapes behind can be inferred.
+_TOLD = {
+    *("Reshape", "Expand", "Tile", "Squeeze", "Unsqueeze", "Pad", "Slice", "Resize", "Upsample"),
+    *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "Split", "TopK", "CumSum"),
+}
 _NEVER_FOLDED = (
     "DequantizeLinear",  # it keeps what is quantized already as it is
     "QuantizeLinear",
@@ -181,8 +188,8 @@ def _is_weight_or_integer(value: ir.Value) -> bool:
 
 
 def _fold_constant_chains(model: ir.Model) -> None:
-    """Makes initializers of what nodes compute from constants alone for a layer to read."""
-    for node in _weight_producers(model):
+    """Makes initializers of what nodes compute from constants alone for a layer, or as a shape."""
+    for node in _constant_producers(model):
         try:
             arrays = _evaluate(node, model)
         except Exception as error:  # the reference lacks the operator, or refuses its attributes
@@ -221,9 +228,9 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _weight_producers(model: ir.Model) -> list[ir.Node]:
-    """Nodes that compute, from constants alone, an input of a layer or of a BatchNormalization;
-    in graph order."""
+def _constant_producers(model: ir.Model) -> list[ir.Node]:
+    """Nodes that compute, from constants alone, an input of a layer or of a BatchNormalization, or
+    a shape or place; in graph order."""
     constant: set[ir.Node] = set()
     wanted: set[ir.Node] = set()
     for node in model.graph:
@@ -233,6 +240,9 @@ def _weight_producers(model: ir.Model) -> list[ir.Node]:
             constant.add(node)
         if node.op_type in (*QUANTIZABLE_OPS, "BatchNormalization"):
             wanted.update(p for v in inputs if (p := v.producer()) is not None)
+        if node.op_type in _TOLD and node not in constant:
+            told = (v for v in node.inputs[1:] if v is not None)
+            wanted.update(p for v in told if (p := v.producer()) is not None)
     for node in reversed(list(model.graph)):
         if node in wanted & constant:
             wanted.update(p for v in node.inputs if v is not None and (p := v.producer()))

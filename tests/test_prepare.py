@@ -191,6 +191,38 @@ def test_constant_chains_behind_weights_become_initializers(save: Save) -> None:
     assert sorted(model.ir.graph.initializers) == sorted(weights)
 
 
+TOLD = """(float[N,4,6,6] x) => (float[N,4,3,7] y) <float[4,4,1,1] kernel> {
+  shape = Shape(six)
+  missing = Sub(eight, shape)
+  zeros = ConstantOfShape<value = int64[1] {0}>(missing)
+  pads = Concat<axis=0>(six, zeros)
+  half = Slice(x, start, shape, axis, step)
+  padded = Pad(half, pads)
+  y = Conv(padded, kernel)
+}"""
+PLACES = {
+    "six": np.array([0, 0, 0, 1, 0, 0], np.int64),
+    "eight": np.array([8], np.int64),
+    "start": np.zeros(1, np.int64),
+    "axis": np.array([2], np.int64),
+    "step": np.array([2], np.int64),
+}
+
+
+def test_places_computed_from_constants_become_numbers_and_shapes_behind_them_are_known(
+    save: Save,
+) -> None:
+    original = parsed(TOLD, PLACES)
+    model = load_model(save(original))
+    assert [node.op_type for node in model.ir.graph] == ["Slice", "Pad", "Conv"]
+    shapes = {v.name: str(v.shape) for node in model.ir.graph for v in node.outputs}
+    assert shapes == {"half": "[N,4,3,6]", "padded": "[N,4,3,7]", "y": "[N,4,3,7]"}
+    feed = feed_for(original)
+    expected = run(original, feed)
+    prepared = run(ir.to_proto(model.ir), feed)
+    np.testing.assert_array_equal(prepared["y"], expected["y"])
+
+
 def test_large_weights_are_folded_too(save: Save) -> None:
     """The folding of constants that this builds on has limits of size, made for other uses."""
     text = """(float[N,100] x) => (float[N,100] y) <float[100,100] stored> {

@@ -1,0 +1,76 @@
+"""A part of a model computes what the whole model does, and leaves it as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import Load
+from models import MODELS, feed_for
+
+from calib.graph import Model
+from calib.parts import copy_for, part_for
+
+
+def computed(model: ir.Model, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"]
+    )
+    read = {node.name for node in session.get_inputs()}
+    names = [node.name for node in session.get_outputs()]
+    values = session.run(names, {name: array for name, array in feed.items() if name in read})
+    return dict(zip(names, values, strict=True))
+
+
+def inner(model: Model) -> list[str]:
+    return [str(value.name) for node in model.ir.graph for value in node.outputs]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "already_quantized"])
+def test_a_part_computes_each_value_as_the_model_with_all_of_them_does(
+    name: str, load: Load
+) -> None:
+    model, feed = load(name), feed_for(MODELS[name]())
+    whole = computed(part_for(model.ir, inner(model)), feed)
+    before = ir.to_proto(model.ir).SerializeToString()
+    assert list(whole) == inner(model)
+    for value, expected in whole.items():
+        for part in (part_for(model.ir, [value]), copy_for(model.ir, [value])):
+            found = computed(part, feed)[value]
+            # onnxruntime computes float16 in float32, and rounds what is an output.
+            tolerance = 1e-3 if name == "float16_conv" else 0
+            np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    assert ir.to_proto(model.ir).SerializeToString() == before
+
+
+def test_a_part_has_nothing_that_its_outputs_do_not_need(load: Load) -> None:
+    model = load("residual")
+    first = inner(model)[0]
+    part = part_for(model.ir, [first]).graph
+    made = [str(value.name) for node in part for value in node.outputs]
+    read = {value.name for node in part for value in node.inputs}
+    assert made == [first]
+    assert set(part.initializers) <= read
+    assert len(part.initializers) < len(model.ir.graph.initializers)
+
+
+def test_without_names_that_a_node_makes_the_part_is_the_whole(load: Load) -> None:
+    model = load("residual")
+    whole = [value.name for value in model.ir.graph.outputs]
+    for names in (None, [], [model.inputs[0].name], ["nobody"]):
+        for part in (part_for(model.ir, names), copy_for(model.ir, names)):
+            assert [value.name for value in part.graph.outputs] == whole
+            assert len(list(part.graph)) == len(list(model.ir.graph))
+
+
+def test_an_initializer_replaced_in_a_part_stays_in_the_model(load: Load) -> None:
+    model = load("conv_bias")
+    part = part_for(model.ir).graph
+    name = next(iter(part.initializers))
+    before = model.weight(name).copy()
+    part.initializers[name] = ir.Value(name=name, const_value=ir.tensor(before * 2, name=name))
+    np.testing.assert_array_equal(model.weight(name), before)
