@@ -52,23 +52,29 @@ class Batch:
     @property
     def n_samples(self) -> int:
         """Length of the first axis of the first input that has samples along it; 1 if none has."""
-        return next((len(array) for _, array in self._rows()), 1)
+        return next((len(array) for array in self.rows().values()), 1)
 
-    def _rows(self) -> Iterator[tuple[str, Array]]:
+    def rows(self) -> dict[str, Array]:
         """The inputs with samples along their first axis."""
-        return ((n, a) for n, a in self.feed.items() if n not in self.whole and a.ndim)
+        return {n: a for n, a in self.feed.items() if n not in self.whole and a.ndim}
 
     def part(self, first: int, last: int) -> Batch:
         """The samples from ``first`` to before ``last``."""
         if (first, last) == (0, self.n_samples):
             return self
-        feed = {**self.feed, **{name: array[first:last] for name, array in self._rows()}}
+        feed = {**self.feed, **{name: array[first:last] for name, array in self.rows().items()}}
         labels = None if self.labels is None else self.labels[first:last]
         return Batch(feed, labels, self.restart and first == 0, self.whole)
 
+    def parts(self, size: int | None) -> Iterator[Batch]:
+        """Parts of at most ``size`` samples; None for all of it."""
+        n = self.n_samples
+        size = size or max(n, 1)
+        return (self.part(start, min(start + size, n)) for start in range(0, max(n, 1), size))
+
     def stacks_with(self, other: Batch) -> bool:
         """Whether the two can be one feed: samples of the same shapes, all else equal."""
-        mine, others = dict(self._rows()), dict(other._rows())
+        mine, others = self.rows(), other.rows()
         if not mine or {n: a.shape[1:] for n, a in mine.items()} != {
             n: a.shape[1:] for n, a in others.items()
         }:
@@ -224,7 +230,7 @@ def _joined(batches: list[Batch]) -> Batch:
     first = batches[0]
     if len(batches) == 1:
         return first
-    rows = {n: np.concatenate([b.feed[n] for b in batches]) for n, _ in first._rows()}
+    rows = {n: np.concatenate([b.feed[n] for b in batches]) for n in first.rows()}
     labels = [batch.labels for batch in batches if batch.labels is not None]
     return replace(
         first, feed={**first.feed, **rows}, labels=np.concatenate(labels) if labels else None

@@ -18,6 +18,7 @@ from calib.counter import Counter
 from calib.errors import OptionError
 from calib.graph import Model
 from calib.prepare import inner_nodes
+from calib.samplewise import can_be_cut
 from calib.shapes import value_bytes
 
 _MEGABYTE = 1_000_000
@@ -105,7 +106,7 @@ class _Room:
 
     def __post_init__(self) -> None:
         part = self.batch
-        if _can_be_cut(self.model, self.batch):
+        if can_be_cut(self.model, self.batch):
             self.samples, part = self.batch.n_samples, self.batch.part(0, 1)
         self.runtime = replace(self.runtime, frugal=True)
         self.sizes = value_bytes(self.model, part, self.runtime)
@@ -121,7 +122,7 @@ class _Room:
 
     def fit(self, wanted: Fit, max_memory: int) -> Fit:
         """As the function."""
-        names, size = self.names, self.samples
+        names, size = self.names, wanted.samples or self.samples
         if self.needed(names, size * wanted.streams * _ARENA) <= max_memory:
             return wanted
         told = _bound(max_memory)
@@ -213,15 +214,6 @@ def _needed(model: Model, names: set[str]) -> list[tuple[str, set[str], set[str]
             wanted |= read
             nodes.append((node.op_type, read, made))
     return nodes[::-1]
-
-
-def _can_be_cut(model: Model, batch: Batch) -> bool:
-    """Whether the model takes fewer samples at a time than the batch holds."""
-    if model.feedback or batch.n_samples < 2:
-        return False
-    shapes = {spec.name: spec.shape for spec in model.inputs}
-    sampled = [name for name in batch.feed if name not in batch.whole]
-    return all(not isinstance((shapes.get(n) or (None,))[0], int) for n in sampled)
 
 
 def _status(key: str) -> int:

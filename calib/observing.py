@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from calib.errors import CalibError, DataError, ModelError, OptionError, one_lin
 from calib.graph import Model
 from calib.memory import Fit, fit
 from calib.observations import Observations, halved
+from calib.samplewise import part_size
 from calib.streams import Streams
 
 _STREAMS = 2
@@ -63,10 +65,11 @@ def observe(
 ) -> Observations:
     """Runs every batch once and counts the values of the activations ``names``.
 
-    All cores run the model, then all cores count. Of a single sample, operators have too little to
-    share: then two batches are under way at a time, each in a thread of its own, and each with
-    counters of its own, as counting is exact in any order. See README, "Speed". Without a bound on
-    memory, one more batch waits for each thread.
+    All cores run the model, then all cores count. Where samples do not depend on each other, what
+    is captured of a batch may be more than caches hold: then it is run in parts, two at a time,
+    each in a thread of its own; and so are single samples, of which operators have too little to
+    share. Counting is exact in any order. See README, "Speed". Without a bound on memory, one more
+    part waits for each thread.
 
     Args:
         model, batches, names, how: what is run on what, which values, and how.
@@ -81,7 +84,7 @@ def observe(
     maskable = _maskable(model, names, how.padding_mask)
     runtime = how.runtime or Runtime()
     plan, batches = _plan(model, batches, names, how)
-    seen = _start(model, names, how, in_halves=how.halves or plan.streams > 1)
+    seen = _start(model, names, how)
     load = load or partial(Session, model.ir, feedback=model.feedback)
     work = _Work(
         tuple(load(plan.runtime, values=part) for part in plan.passes),
@@ -89,6 +92,7 @@ def observe(
         maskable,
         plan.samples,
         max(1, runtime.cores // plan.streams),
+        {name: Lock() for name in names},
     )
     last_checkpoint = time.monotonic()
     ahead = 1 if how.max_memory is None else 0
@@ -126,19 +130,19 @@ def _plan(
     runtime = replace(how.runtime or Runtime(), yielding=True)
     if first is None:
         return Fit(1, (tuple(names),), runtime), ()
-    in_one = how.resumed is not None and how.resumed.n_batches > 1 and not how.resumed.halves
-    streams = 1
-    if first.n_samples == 1 and runtime.cores > 1 and not (model.feedback or in_one):
-        streams = _STREAMS  # a thread that runs a batch is one of those that share it
-        runtime = replace(runtime, threads=runtime.cores - streams + 1)
-    sets = how.keep_batches + (2 if how.halves or streams > 1 else 1)
-    plan = Fit(streams, (tuple(names),), runtime, sets=sets)
+    samples = part_size(model, names, first)
+    many = runtime.cores > 1 and not model.feedback and (samples or first.n_samples == 1)
+    sets = how.keep_batches + (2 if how.halves else 1)
+    plan = Fit(_STREAMS if many else 1, (tuple(names),), runtime, samples, sets=sets)
     if how.max_memory is not None:
         plan = fit(model, first, names, plan, how.max_memory)
+    if plan.streams > 1:  # a thread that runs a part is one of those that share it
+        threads = runtime.cores - plan.streams + 1
+        plan = replace(plan, runtime=replace(plan.runtime, threads=threads))
     return plan, chain([first], batches)
 
 
-def _start(model: Model, names: Sequence[str], how: Observing, *, in_halves: bool) -> Observations:
+def _start(model: Model, names: Sequence[str], how: Observing) -> Observations:
     """What is counted on; where too much is counted already without halves, that goes on."""
     seen = how.resumed or Observations(
         model.sha256,
@@ -147,7 +151,7 @@ def _start(model: Model, names: Sequence[str], how: Observing, *, in_halves: boo
         padding_mask=how.padding_mask,
         feedback=model.feedback,
     )
-    if seen.halves or seen.n_batches > 1 or not in_halves:
+    if seen.halves or seen.n_batches > 1 or not how.halves:
         return seen
     return halved(
         seen, (seen.counters, {name: Counter() for name in seen.counters}), (seen.n_samples, 0)
@@ -162,7 +166,8 @@ class _Work:
         sessions: each captures some of the activations.
         maskable: what the mask may fit.
         samples: of a batch at a time; None for all of it.
-        n_threads: that count a batch.
+        n_threads: that count a part.
+        locks: each is held while values of that name are counted.
         unmasked: what the mask did not fit.
     """
 
@@ -171,6 +176,7 @@ class _Work:
     maskable: set[str]
     samples: int | None
     n_threads: int
+    locks: Mapping[str, Lock]
     unmasked: set[str] = field(default_factory=set)
     helpers: ThreadPoolExecutor = field(init=False)
 
@@ -202,7 +208,8 @@ class _Work:
                 f"padding-mask: the batch from sample {seen.n_samples} holds no "
                 f"{self.padding_mask!r}"
             )
-        streams.put(partial(self._count, batch, counted, seen.n_samples))
+        for part in batch.parts(self.samples):
+            streams.put(partial(self._count, part, counted, seen.n_samples))
         first, second = seen.half_samples
         n = batch.n_samples if seen.halves else 0
         return replace(
@@ -220,18 +227,20 @@ class _Work:
             return seen
         return replace(seen, halves=(), half_samples=(0, 0))
 
-    def _count(self, batch: Batch, counted: list[Counters], first: int) -> None:
-        """Runs one batch, and counts all of its activations in each of ``counted``."""
-        n = self.samples or max(batch.n_samples, 1)
-        for start in range(0, max(batch.n_samples, 1), n):
-            part = batch.part(start, min(start + n, batch.n_samples)) if self.samples else batch
-            mask = None if self.padding_mask is None else part.feed[self.padding_mask] != 0
-            for session in self.sessions:
-                values = session.run(part.feed, part.restart)
-                names = list(values)
-                self._share(values, partial(self._update, values, mask, counted))
-                for name in names:
-                    _check_counter(name, counted[0][name], first)
+    def _count(self, part: Batch, counted: list[Counters], first: int) -> None:
+        """Runs a part of a batch, and counts all of its activations in each of ``counted``."""
+        mask = None if self.padding_mask is None else part.feed[self.padding_mask] != 0
+        for session in self.sessions:
+            values = session.run(part.feed, part.restart)
+            names, spoiled = list(values), dict[str, str]()
+            self._share(values, partial(self._update, values, mask, counted, spoiled))
+            for name in names:
+                if name in spoiled:
+                    raise ModelError(
+                        f"activation {name!r} becomes {spoiled[name]} in the batch that starts at "
+                        f"sample {first}: the float model overflows on this data, or the data is "
+                        f"not preprocessed for it"
+                    )
 
     def _share(self, values: Values, update: Callable[[str], None]) -> None:
         """Calls ``update`` with every name in several threads, the largest arrays first."""
@@ -249,9 +258,14 @@ class _Work:
             other.result()
 
     def _update(
-        self, values: Values, mask: NDArray[np.bool_] | None, counted: list[Counters], name: str
+        self,
+        values: Values,
+        mask: NDArray[np.bool_] | None,
+        counted: list[Counters],
+        spoiled: dict[str, str],
+        name: str,
     ) -> None:
-        """Counts one value, and lets go of it."""
+        """Counts one value, and lets go of it; what is not finite stands in ``spoiled`` then."""
         array = values.pop(name)
         if mask is not None:
             if name in self.maskable and array.shape[: mask.ndim] == mask.shape:
@@ -259,8 +273,13 @@ class _Work:
             else:
                 self.unmasked.add(name)
         try:
-            for counters in counted:
-                counters[name].update(array)
+            with self.locks[name]:
+                counter = counted[0][name]
+                n_nan, n_inf = counter.n_nan, counter.n_inf
+                for counters in counted:
+                    counters[name].update(array)
+                if (counter.n_nan, counter.n_inf) != (n_nan, n_inf):
+                    spoiled[name] = "NaN" if counter.n_nan > n_nan else "infinite"
         except (CalibError, MemoryError):
             raise
         except Exception as error:  # in a thread, where nothing else would tell which it was
@@ -290,12 +309,3 @@ def _maskable(model: Model, names: Sequence[str], mask: str | None) -> set[str]:
         for name, shape in found
         if [d if isinstance(d, int) else None for d in shape.dims[: len(kinds)]] == kinds
     }
-
-
-def _check_counter(name: str, counter: Counter, first: int) -> None:
-    if counter.n_nan or counter.n_inf:
-        what = "NaN" if counter.n_nan else "infinite"
-        raise ModelError(
-            f"activation {name!r} becomes {what} in the batch that starts at sample {first}: "
-            f"the float model overflows on this data, or the data is not preprocessed for it"
-        )

@@ -140,9 +140,9 @@ def test_what_was_counted_without_halves_is_resumed_without_them(load: Load) -> 
 
 
 @pytest.mark.parametrize(
-    ("halves", "samples", "sets"), [(False, 9, 1), (True, 9, 2), (False, 1, 2)]
+    ("halves", "samples", "sets"), [(False, 9, 1), (True, 9, 2), (False, 1, 1)]
 )
-def test_counting_takes_one_set_of_counters_and_with_halves_or_single_samples_two(
+def test_counting_takes_one_set_of_counters_and_with_halves_two(
     halves: bool, samples: int, sets: int, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Counter] = []

@@ -1,0 +1,315 @@
+"""Whether a model computes each sample by itself, so that a batch can be run in parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import onnx_ir as ir
+
+from calib.arrays import Batch
+from calib.graph import Model
+from calib.prepare import inner_nodes, is_constant
+
+
+class _Of(Enum):
+    """What a value holds.
+
+    FIXED: the same whatever the samples are. SAMPLES: along its first axis one entry for each
+    sample, computed from that one alone. LENGTHS: lengths of axes, that of the samples among them.
+    MIXED: anything else.
+    """
+
+    FIXED = 0
+    SAMPLES = 1
+    LENGTHS = 2
+    MIXED = 3
+
+
+_BROADCASTING = {
+    *("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Mean", "Sum", "And", "Or", "Xor"),
+    *("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where", "PRelu", "Clip"),
+    *("Relu", "LeakyRelu", "ThresholdedRelu", "Elu", "Selu", "Celu", "Gelu", "Sigmoid", "Tanh"),
+    *("HardSigmoid", "HardSwish", "Swish", "Mish", "Softplus", "Softsign", "Erf", "Exp", "Log"),
+    *("Sqrt", "Reciprocal", "Abs", "Neg", "Sign", "Floor", "Ceil", "Round", "Not", "Cast"),
+    *("Sin", "Cos", "IsNaN", "IsInf", "Identity"),
+}
+_ALONG_OTHER_AXES = {
+    *("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "LRN", "InstanceNormalization"),
+    *("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool", "GroupNormalization"),
+    *("DepthToSpace", "SpaceToDepth", "BatchNormalization", "Dropout"),
+}
+# Operators of one axis, and the one that is meant where none is named.
+_OF_ONE_AXIS = {
+    "Softmax": -1,
+    "LogSoftmax": -1,
+    "Hardmax": -1,
+    "LayerNormalization": -1,
+    "TopK": -1,
+    "RMSNormalization": -1,
+    "QuantizeLinear": 1,
+    "DequantizeLinear": 1,
+    "ArgMax": 0,
+    "ArgMin": 0,
+    "Split": 0,
+}
+_OF_AXES = {
+    *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
+    *("ReduceSumSquare", "ReduceLogSumExp", "ReduceLogSum", "Squeeze", "Unsqueeze", "Slice"),
+}
+_OF_LENGTHS = {
+    *("Gather", "Squeeze", "Unsqueeze", "Concat", "Slice", "Cast", "Identity", "Reshape"),
+    *("Add", "Sub", "Mul", "Div", "Min", "Max"),
+}
+_ROOM = 6_000_000  # bytes; found best
+_FEWEST = 2  # samples; of a single one, some operators compute in another order
+_TRAINED_DROPOUT = 2  # inputs: a third says whether it is trained
+_MATRIX = 2  # axes
+_SCALES_OF_RESIZE = 2  # before opset 11 at 1, as of Upsample
+_RANDOM = {
+    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
+    *("Multinomial", "Bernoulli"),
+}
+
+_Kinds = Sequence[_Of]
+
+
+def part_size(model: Model, names: Sequence[str], batch: Batch) -> int | None:
+    """How many samples of ``batch`` to run at a time, so that what is captured of them is still in
+    a cache when it is read, on whatever machine; None for all of them, as it may be that they
+    depend on each other, or that smaller parts would have the weights read too often."""
+    n = batch.n_samples
+    if n <= _FEWEST or not can_be_cut(model, batch):
+        return None
+    of_one = sample_bytes(model, names, batch)
+    if not of_one or not samples_apart(model, names, batch):
+        return None
+    weights = (value.const_value for value in model.ir.graph.initializers.values())
+    room = max(_ROOM, sum(tensor.nbytes for tensor in weights if tensor is not None))
+    parts = -(-n // max(_FEWEST, room // of_one))
+    return -(-n // parts) if parts > 1 else None
+
+
+def can_be_cut(model: Model, batch: Batch) -> bool:
+    """Whether the model takes fewer samples at a time than the batch holds."""
+    if model.feedback or batch.n_samples <= 1:
+        return False
+    rows = batch.rows()
+    shapes = {spec.name: spec.shape for spec in model.inputs}
+    fixed = any(isinstance((shapes.get(name) or (None,))[0], int) for name in rows)
+    return not fixed and {len(array) for array in rows.values()} == {batch.n_samples}
+
+
+def samples_apart(model: Model, names: Sequence[str], batch: Batch) -> bool:
+    """Whether the values ``names`` have one entry for each sample of ``batch`` along their first
+    axis, none of which depends on other samples; of operators not known here, it is doubted."""
+    graph, rows = model.ir.graph, batch.rows()
+    known = {v: _Of.SAMPLES if v.name in rows else _Of.FIXED for v in graph.inputs}
+    for node in graph:
+        found = _held(node, [_kind(value, known) for value in node.inputs])
+        known.update(dict.fromkeys(node.outputs, found))
+    by_name = {value.name: kind for value, kind in known.items()}
+    return all(by_name.get(name) is _Of.SAMPLES for name in names)
+
+
+def sample_bytes(model: Model, names: Sequence[str], batch: Batch) -> int | None:
+    """Bytes that the values ``names`` take for each sample of ``batch``; None where that cannot be
+    told from their shapes."""
+    graph = model.ir.graph
+    lengths = dict[object, int]()
+    for value in graph.inputs:
+        if value.shape is not None and (array := batch.feed.get(str(value.name))) is not None:
+            lengths.update(zip(value.shape.dims, array.shape, strict=False))
+    values = {value.name: value for node in graph for value in node.outputs}
+    total = 0
+    for value in (values[name] for name in names if name in values):
+        if value.shape is None or value.dtype is None:
+            return None
+        dims = [d if isinstance(d, int) else lengths.get(d) for d in value.shape.dims[1:]]
+        if None in dims:
+            return None
+        total += math.ceil(math.prod(d for d in dims if d is not None) * value.dtype.itemsize)
+    return total
+
+
+def _kind(value: ir.Value | None, known: Mapping[ir.Value, _Of]) -> _Of:
+    return _Of.FIXED if value is None or is_constant(value) else known.get(value, _Of.MIXED)
+
+
+def _held(node: ir.Node, kinds: _Kinds) -> _Of:
+    """What the outputs of ``node`` hold."""
+    has_body = next(inner_nodes(node), None) is not None
+    if _Of.MIXED in kinds or node.op_type in _RANDOM or has_body:
+        return _Of.MIXED
+    if all(kind is _Of.FIXED for kind in kinds):
+        return _Of.FIXED
+    if node.domain:
+        return _Of.MIXED
+    if node.op_type in ("Shape", "Size"):
+        return _Of.LENGTHS
+    if _Of.SAMPLES not in kinds:
+        return _Of.LENGTHS if node.op_type in _OF_LENGTHS else _Of.MIXED
+    return _Of.SAMPLES if _keeps_apart(node, kinds) else _Of.MIXED
+
+
+def _keeps_apart(node: ir.Node, kinds: _Kinds) -> bool:
+    """Whether each entry of the outputs depends on those of one sample."""
+    if _Of.LENGTHS in kinds and node.op_type != "Reshape":
+        return False
+    if rule := _OF_SEVERAL.get(node.op_type):
+        return rule(node, kinds)
+    rule_of_one = _OF_THE_FIRST.get(node.op_type)
+    only = kinds[0] is _Of.SAMPLES and _Of.SAMPLES not in kinds[1:]
+    return only and rule_of_one is not None and rule_of_one(node)
+
+
+def _has_other_axes(node: ir.Node) -> bool:
+    """Whether a node that works along other axes than the first does nothing more."""
+    training = node.attributes.get_int("training_mode", 0)
+    training = training or (node.op_type == "Dropout" and len(node.inputs) > _TRAINED_DROPOUT)
+    return not training and len(node.outputs) == 1  # MaxPool: the second counts through samples
+
+
+def _has_another_axis(node: ir.Node) -> bool:
+    return _is_not_first(node, (node.attributes.get_int("axis", _OF_ONE_AXIS[node.op_type]),))
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def _is_aligned(node: ir.Node, kinds: _Kinds) -> bool:
+    """Whether first axes meet first axes, and what is fixed is the same for every entry."""
+    ranks = [_rank(value) for value in node.inputs]
+    samples = {r for r, kind in zip(ranks, kinds, strict=True) if kind is _Of.SAMPLES}
+    if len(kinds) == 1:
+        return True
+    if None in samples or len(samples) > 1:
+        return False
+    rank = next(iter(samples)) or 0
+    fixed = (v for v, kind in zip(node.inputs, kinds, strict=True) if kind is _Of.FIXED)
+    return all(v is None or _is_same_for_all(v, rank) for v in fixed)
+
+
+def _is_same_for_all(value: ir.Value, rank: int) -> bool:
+    """Whether, broadcast to ``rank`` axes, a value is the same along the first."""
+    own = _rank(value)
+    if own is None or value.shape is None:
+        return False
+    return own < rank or (own == rank and value.shape[0] == 1)
+
+
+def _is_not_first(node: ir.Node, axes: Sequence[int] | None) -> bool:
+    """Whether none of ``axes`` is the first; none given stands for all."""
+    if not axes:
+        return False
+    counted = node.outputs[0] if node.op_type == "Unsqueeze" else node.inputs[0]
+    rank = _rank(counted)
+    return all(axis > 0 if axis >= 0 else rank is not None and axis + rank > 0 for axis in axes)
+
+
+def _axes(node: ir.Node) -> Sequence[int] | None:
+    if "axes" in node.attributes:
+        return node.attributes["axes"].as_ints()
+    return _numbers(node, 3 if node.op_type == "Slice" else 1)
+
+
+def _numbers(node: ir.Node, position: int) -> list[Any] | None:
+    """What the constant input at ``position`` holds; None if it is none."""
+    value = node.inputs[position] if len(node.inputs) > position else None
+    if value is None or not is_constant(value) or value.const_value is None:
+        return None
+    numbers: list[Any] = value.const_value.numpy().reshape(-1).tolist()
+    return numbers
+
+
+def _keeps_rows(node: ir.Node) -> bool:
+    """Whether a Reshape leaves what is of one sample in one entry: the values keep their order,
+    so it does if there are as many entries as before."""
+    value, reshaped = node.inputs[0], node.outputs[0]
+    target = _numbers(node, 1)
+    if target and target[0] == 0 and not node.attributes.get_int("allowzero", 0):
+        return True
+    if value is None or not value.shape or not reshaped.shape:
+        return False
+    (first, *before), (entries, *after) = value.shape.dims, reshaped.shape.dims
+    if isinstance(entries, ir.SymbolicDim) and entries.value is not None and entries == first:
+        return True
+    sizes = [d for d in (*before, *after) if isinstance(d, int)]
+    numbers = len(sizes) == len(before) + len(after) and not isinstance(entries, int)
+    return numbers and math.prod(sizes[: len(before)]) == math.prod(sizes[len(before) :])
+
+
+def _pad(node: ir.Node) -> bool:
+    if _numbers(node, 3) is not None:
+        return _is_not_first(node, _numbers(node, 3))
+    pads = _numbers(node, 1) or [*node.attributes.get_ints("pads", (1,))]
+    return bool(pads[0] == pads[len(pads) // 2] == 0)
+
+
+def _resize(node: ir.Node) -> bool:
+    if "axes" in node.attributes:
+        return _is_not_first(node, node.attributes["axes"].as_ints())
+    scales = _numbers(node, _SCALES_OF_RESIZE if len(node.inputs) > _SCALES_OF_RESIZE else 1)
+    return (scales or (0,))[0] == 1
+
+
+def _transpose(node: ir.Node) -> bool:
+    permuted = node.attributes.get_ints("perm", ())
+    return bool(permuted) and permuted[0] == 0
+
+
+def _flatten(node: ir.Node) -> bool:
+    return node.attributes.get_int("axis", 1) == 1
+
+
+def _gather(node: ir.Node, kinds: _Kinds) -> bool:
+    axis = node.attributes.get_int("axis", 0)
+    if tuple(kinds) == (_Of.SAMPLES, _Of.FIXED):
+        return _is_not_first(node, (axis,))
+    rank = _rank(node.inputs[0])
+    return tuple(kinds) == (_Of.FIXED, _Of.SAMPLES) and axis in (0, -(rank or 0))
+
+
+def _matmul(node: ir.Node, kinds: _Kinds) -> bool:
+    left, right = node.inputs[:2]
+    ranks = _rank(left) or 0, _rank(right) or 0
+    if tuple(kinds) == (_Of.SAMPLES, _Of.SAMPLES):
+        return ranks[0] == ranks[1] > _MATRIX
+    if kinds[0] is _Of.SAMPLES and right is not None:
+        if not 0 < ranks[1] <= ranks[0] or ranks[0] < _MATRIX:
+            return False
+        return ranks[1] <= _MATRIX or _is_same_for_all(right, ranks[0])
+    return left is not None and ranks[1] > _MATRIX and _is_same_for_all(left, ranks[1])
+
+
+def _gemm(node: ir.Node) -> bool:
+    fixed = all(bias is None or _is_same_for_all(bias, _MATRIX) for bias in node.inputs[2:])
+    return fixed and not node.attributes.get_int("transA", 0)
+
+
+def _concat(node: ir.Node, kinds: _Kinds) -> bool:
+    return _Of.FIXED not in kinds and _is_not_first(node, (node.attributes.get_int("axis", 0),))
+
+
+# Of samples in the first input, the others fixed, and of those where it is otherwise.
+_OF_THE_FIRST: dict[str, Callable[[ir.Node], bool]] = {
+    **dict.fromkeys(_ALONG_OTHER_AXES, _has_other_axes),
+    **dict.fromkeys(_OF_ONE_AXIS, _has_another_axis),
+    **dict.fromkeys(_OF_AXES, lambda node: _is_not_first(node, _axes(node))),
+    "Reshape": _keeps_rows,
+    "Flatten": _flatten,
+    "Transpose": _transpose,
+    "Pad": _pad,
+    "Resize": _resize,
+    "Upsample": _resize,
+    "Gemm": _gemm,
+}
+_OF_SEVERAL: dict[str, Callable[[ir.Node, _Kinds], bool]] = {
+    **dict.fromkeys(_BROADCASTING, _is_aligned),
+    "Concat": _concat,
+    "Gather": _gather,
+    "MatMul": _matmul,
+}
