@@ -18,13 +18,13 @@ class _Of(Enum):
     """What a value holds.
 
     FIXED: the same whatever the samples are. SAMPLES: along its first axis one entry for each
-    sample, computed from that one alone. LENGTHS: lengths of axes, that of the samples among them.
-    MIXED: anything else.
+    sample, computed from that one alone. COUNT: how many samples there are, as a number or before
+    others that are fixed. MIXED: anything else.
     """
 
     FIXED = 0
     SAMPLES = 1
-    LENGTHS = 2
+    COUNT = 2
     MIXED = 3
 
 
@@ -59,10 +59,7 @@ _OF_AXES = {
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
     *("ReduceSumSquare", "ReduceLogSumExp", "ReduceLogSum", "Squeeze", "Unsqueeze", "Slice"),
 }
-_OF_LENGTHS = {
-    *("Gather", "Squeeze", "Unsqueeze", "Concat", "Slice", "Cast", "Identity", "Reshape"),
-    *("Add", "Sub", "Mul", "Div", "Min", "Max"),
-}
+_COUNT_STAYS_FIRST = ("Cast", "Identity", "Squeeze", "Unsqueeze", "Concat")
 _ROOM = 6_000_000  # bytes; found best
 _FEWEST = 2  # samples; of a single one, some operators compute in another order
 _TRAINED_DROPOUT = 2  # inputs: a third says whether it is trained
@@ -147,17 +144,43 @@ def _held(node: ir.Node, kinds: _Kinds) -> _Of:
         return _Of.FIXED
     if node.domain:
         return _Of.MIXED
-    if node.op_type in ("Shape", "Size"):
-        return _Of.LENGTHS
-    if _Of.SAMPLES not in kinds:
-        return _Of.LENGTHS if node.op_type in _OF_LENGTHS else _Of.MIXED
+    if _Of.COUNT in kinds or node.op_type == "Shape":
+        return _counted(node, kinds)
     return _Of.SAMPLES if _keeps_apart(node, kinds) else _Of.MIXED
+
+
+def _counted(node: ir.Node, kinds: _Kinds) -> _Of:
+    """What a node makes of the number of samples, or a Shape of samples."""
+    first, others = kinds[0], {*kinds[1:]}
+    if node.op_type == "Shape":
+        is_count = first is _Of.SAMPLES and not node.attributes.get_int("start", 0)
+        return _Of.COUNT if is_count else _Of.MIXED
+    if node.op_type in ("Reshape", "Expand", "ConstantOfShape"):
+        return _Of.SAMPLES if _is_shaped(node, kinds) else _Of.MIXED
+    places = _numbers(node, 1) if node.op_type in ("Gather", "Slice") else None
+    if first is not _Of.COUNT or others - {_Of.FIXED}:
+        return _Of.MIXED
+    if node.op_type in _COUNT_STAYS_FIRST or places == [0]:
+        return _Of.COUNT
+    of_other_axes = node.op_type == "Gather" and places and min(places) > 0
+    return _Of.FIXED if of_other_axes else _Of.MIXED
+
+
+def _is_shaped(node: ir.Node, kinds: _Kinds) -> bool:
+    """Whether a shape of which the first axis counts samples makes an entry for each of what is one
+    for each already, or the same for all."""
+    if node.op_type == "Expand" and tuple(kinds) == (_Of.FIXED, _Of.COUNT):
+        value, target = node.inputs[:2]
+        rank = target.shape[0] if target is not None and target.shape else None
+        return isinstance(rank, int) and value is not None and _is_same_for_all(value, rank)
+    return (node.op_type, *kinds) in {
+        ("Reshape", _Of.SAMPLES, _Of.COUNT),
+        ("ConstantOfShape", _Of.COUNT),
+    }
 
 
 def _keeps_apart(node: ir.Node, kinds: _Kinds) -> bool:
     """Whether each entry of the outputs depends on those of one sample."""
-    if _Of.LENGTHS in kinds and node.op_type != "Reshape":
-        return False
     if rule := _OF_SEVERAL.get(node.op_type):
         return rule(node, kinds)
     rule_of_one = _OF_THE_FIRST.get(node.op_type)
