@@ -153,8 +153,9 @@ def _counted(node: ir.Node, kinds: _Kinds) -> _Of:
     """What a node makes of the number of samples, or a Shape of samples."""
     first, others = kinds[0], {*kinds[1:]}
     if node.op_type == "Shape":
-        is_count = first is _Of.SAMPLES and not node.attributes.get_int("start", 0)
-        return _Of.COUNT if is_count else _Of.MIXED
+        start = node.attributes.get_int("start", 0)
+        is_known = first is _Of.SAMPLES and start >= 0
+        return (_Of.FIXED if start else _Of.COUNT) if is_known else _Of.MIXED
     if node.op_type in ("Reshape", "Expand", "ConstantOfShape"):
         return _Of.SAMPLES if _is_shaped(node, kinds) else _Of.MIXED
     places = _numbers(node, 1) if node.op_type in ("Gather", "Slice") else None

@@ -82,6 +82,9 @@ KNOWN = """(float[N,4,6,6] x, int64[N,5] token) => (float[N,3] y) <float[4,4,1,1
   row_of = Unsqueeze(first, none)
   target = Concat<axis=0>(row_of, rest)
   again = Reshape(conv, target)
+  behind = Shape<start=1>(conv)
+  behind_too = ConstantOfShape(behind)
+  last_of = Shape<start=-1>(conv)
   wide_of = Gather(length, two)
   others_of = Slice(length, none, two_of)
   slices = Concat<axis=0>(others_of, two_of)
@@ -209,7 +212,8 @@ def test_the_usual_operators_are_said_to_be_apart_and_are(save: Save) -> None:
     named = {str(value.name) for node in model.ir.graph for value in node.outputs}
     found = apart(model, batch)
     assert named - {*found} == {
-        *("length", "first", "row_of", "target", "wide_of", "others_of", "slices", "slices_of")
+        *("length", "first", "row_of", "target", "wide_of", "others_of", "slices", "slices_of"),
+        *("behind", "behind_too", "last_of"),
     }
     assert_apart(model, found, batch)
 
