@@ -47,6 +47,7 @@ FLOW = (
     "rules",
     "placement",
     "targets",
+    "drafting",
     "planning",
     "readers",
     "arrays",
