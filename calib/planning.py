@@ -11,6 +11,7 @@ from calib.drafting import Choice, Draft, Setting, check_uses, drafts
 from calib.errors import ModelError, OptionError
 from calib.granularity import Blocked, Granularity
 from calib.graph import Kind, Model, Skipped
+from calib.making import maker
 from calib.rules import REDUCED_BITS, Rules
 from calib.targets import TARGETS, Target
 
@@ -41,6 +42,9 @@ class TensorSpec:
     grid: str = "symmetric"
     shares: tuple[str, ...] = ()
     everyone: bool = False
+
+
+_spec_of = maker(TensorSpec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def make_plan(model: Model, rules: Rules) -> Plan:
 
 
 def _spec(draft: Draft, bits: int, method: str) -> TensorSpec:
-    return TensorSpec(
+    return _spec_of(
         draft.name,
         draft.kind,
         bits,
