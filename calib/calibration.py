@@ -124,13 +124,21 @@ def _answer(model: Model, register: Register) -> None:
 
 
 def _answer_stacked(model: Model, register: Register, tensors: Sequence[Tensor]) -> None:
-    stacks = list(register.stacks(tensors))
+    stacks = sorted(
+        register.stacks(tensors), key=_work, reverse=True
+    )  # no core waits for a long one
     for built_in, share in ((True, spread), (False, one_by_one)):
         chosen = (stack for stack, ours in stacks if ours == built_in)
         portions = (portion for stack in chosen for portion in _portions(model, stack))
         for owners, answers in share(lambda portion: (portion[0], portion[1]()), portions):
             for owner, part in zip(owners, answers, strict=True):
                 owner.parts.append(part)
+
+
+def _work(stack: tuple[list[Tensor], bool]) -> int:
+    """About how long a stack takes; where long ones come first, cores end at about one time."""
+    tensors, _ = stack
+    return len(tensors) * len(tensors[0].questions)
 
 
 _Portion = tuple[list[Tensor], Callable[[], list[Answers]]]

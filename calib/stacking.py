@@ -205,7 +205,7 @@ def spread(work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]) ->
         begun: deque[Future[Result]] = deque()
         for item in chain(ahead, (item for item, _ in rest)):
             begun.append(pool.submit(work, item))
-            if len(begun) > workers:
+            if len(begun) > 2 * workers:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
