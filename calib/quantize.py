@@ -34,13 +34,15 @@ def scale_from_threshold(
     """
     most = max(qtype.qmax, -qtype.qmin)
     smallest, largest = _SMALLEST_SCALE[dtype], _LARGEST[dtype] / most
-    scale = np.clip(threshold / qtype.steps, smallest, largest)
+    scale = np.minimum(np.maximum(threshold / qtype.steps, smallest), largest)
     rounded = scale.astype(dtype)
     if dtype == "float16":  # where it is subnormal, rounding down would clip much
         up = np.nextafter(rounded, np.finfo(np.float16).max)
         rounded = np.where(rounded < scale, up, rounded)
-    down = np.nextafter(rounded, rounded.dtype.type(0))
-    return np.where(rounded * np.float64(most) > _LARGEST[dtype], down, rounded).astype(np.float32)
+    above = rounded * np.float64(most) > _LARGEST[dtype]
+    if above.any():
+        rounded = np.where(above, np.nextafter(rounded, rounded.dtype.type(0)), rounded)
+    return np.asarray(rounded, np.float32)
 
 
 def quantize(

@@ -151,10 +151,13 @@ def _measured(
     threshold, mended = (np.stack(part) for part in zip(*found, strict=True))
     count, largest = dist.count(), dist.max_abs()
     scale, noise = np.empty(threshold.shape, np.float32), np.empty(threshold.shape)
-    for qtype in {each.qtype for each in asked}:
-        rows = [row for row, each in enumerate(asked) if each.qtype == qtype]
-        scale[rows] = scale_from_threshold(threshold[rows], qtype, dtype)
-        noise[rows] = dist.mse(threshold[rows], qtype) * count
+    of_grid: dict[QuantType, list[int]] = {}
+    for row, each in enumerate(asked):
+        of_grid.setdefault(each.qtype, []).append(row)
+    for qtype, rows in of_grid.items():
+        chosen = threshold[rows]
+        scale[rows] = scale_from_threshold(chosen, qtype, dtype)
+        noise[rows] = dist.mse(chosen, qtype) * count
     ends = np.cumsum(np.asarray(groups, np.intp))
     starts = ends - np.asarray(groups, np.intp)
     noise = np.add.reduceat(noise, starts, axis=1)
@@ -202,7 +205,7 @@ def spread(work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]) ->
         begun: deque[Future[Result]] = deque()
         for item in chain(ahead, (item for item, _ in rest)):
             begun.append(pool.submit(work, item))
-            if len(begun) > workers:
+            if len(begun) > 2 * workers:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()

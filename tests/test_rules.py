@@ -172,6 +172,37 @@ def test_skip_for_one_reader_leaves_the_tensor_quantized_for_the_other(save: Sav
         assert (hidden.consumers, hidden.bits) == (("/MatMul/inner",), 5)
 
 
+# Each differs from the general rules in a field or two.
+_OTHER_RULES = (
+    Rules(),
+    Rules(widths=Widths(4, 6)),
+    Rules(widths=Widths(6, None)),
+    Rules(widths=Widths(4, 4, edge=5)),
+    Rules(method="max"),
+    Rules(weight_method="mse"),
+    Rules(weight_granularity="per-tensor"),
+    Rules(widths=Widths(4, None), block_size=2),
+    Rules(selection=Selection(only="inner")),
+    Rules(selection=Selection(exclude="first")),
+    Rules(overrides=(TensorRule("hidden", bits=3, method="max"),)),
+    Rules(overrides=(TensorRule("side", skip=True),)),
+    Rules(target="onnxruntime"),
+    Rules(target="tensorrt"),
+    Rules(reduce_range=True),
+    Rules(activations="asymmetric"),
+)
+
+
+def test_a_plan_does_not_depend_on_those_made_before_for_the_model(save: Save) -> None:
+    path = save(parsed(TWO_READERS))
+    alone = [make_plan(load_model(path), one) for one in _OTHER_RULES]
+    model = load_model(path)
+    for earlier in _OTHER_RULES:
+        for one, expected in zip(_OTHER_RULES, alone, strict=True):
+            make_plan(model, earlier)
+            assert make_plan(model, one) == expected
+
+
 def test_an_exception_before_a_skip_stays_quantized(load: Load) -> None:
     plan = planned(load("conv_bias"), TensorRule("kernel2"), TensorRule("kernel", skip=True))
     assert {name for name, spec in plan.items() if spec.kind == "weight"} == {"kernel2"}

@@ -1,0 +1,182 @@
+"""Everything that any job asks of any tensor, each once, and what is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.calibrators import Calibrator, is_built_in
+from calib.counter import Counter
+from calib.distribution import HISTOGRAM_BITS, Floats
+from calib.granularity import Blocked
+from calib.observations import Observations, pooled
+from calib.planning import Plan, TensorSpec
+from calib.qtypes import QuantType
+from calib.rules import Reduction, Rules
+from calib.stacking import Answers, Asked, merged
+from calib.table import decibels
+
+_RAW = "sqnr_db from the raw values"
+_MODELLED = "sqnr_db from the noise model: the counters are too coarse above 8 bits"
+
+# The fields of a record, but for the first and the notes; and the notes.
+_Fields = tuple[QuantType, Floats, NDArray[np.float32], float, int, float | None]
+Fact = tuple[_Fields, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One table to be made, with a calibrator for each tensor's name."""
+
+    plan: Plan
+    rules: Rules
+    calibrators: Mapping[str, Calibrator]
+
+
+class Tensor:
+    """A tensor, everything that any job asks of it, and what is answered.
+
+    Attributes:
+        counter: an activation's; None of a weight.
+        batches: counters of single batches, where thresholds are the mean over them.
+        fewer: a note where these are fewer than were asked for.
+        numbers: of the questions, by the identity of the calibrator and the width.
+        questions: the same, in their order; one list for all tensors of a stack.
+        parts: answers to all of them, on each part.
+    """
+
+    def __init__(self, spec: TensorSpec, counter: Counter | None, batches: list[Counter] | None):
+        self.name, self.dtype, self.granularity = spec.name, spec.dtype, spec.granularity
+        self.counter, self.batches = counter, batches
+        self.signed = counter is None or counter.min < 0
+        # Of 32 values at 4 bits, the 16th level is worth 0.5 dB to mse, of 128 0.2 dB to octav.
+        self.narrow = counter is None and not isinstance(spec.granularity, Blocked)
+        self.empty = counter is not None and counter.min > counter.max
+        self.fewer: tuple[str, ...] = ()
+        self.numbers: dict[tuple[int, int, bool], int] = {}
+        self.questions: Sequence[Asked] = ()
+        self.parts: list[Answers] = []
+
+    @cached_property
+    def facts(self) -> list[Fact]:
+        """What every question's record holds, once all parts are known."""
+        answers = merged(self.parts)
+        signal, most, count = answers.signal, answers.max_abs, answers.count
+        noises, known = answers.noise.tolist(), dict[tuple[bool, bool], tuple[str, ...]]()
+        given = self.questions, answers.threshold, answers.scale, noises, answers.notes
+        facts = []
+        for question, threshold, scale, noise, notes in zip(*given, strict=True):
+            qtype = question.qtype
+            case = qtype.bits > HISTOGRAM_BITS, signal > 0 and not noise > 0
+            if (more := known.get(case)) is None:
+                more = known[case] = tuple(self._notes(*case))
+            fields = qtype, threshold, scale, most, count, decibels(signal, noise)
+            facts.append((fields, (*notes, *more)))
+        return facts
+
+    def _notes(self, wide: bool, exact: bool) -> Iterator[str]:
+        """Besides those on a calibrator's answer: on a grid that is wider than counters are fine,
+        or without any error."""
+        yield from self.fewer
+        if wide:
+            yield _RAW if self.counter is None else _MODELLED
+        if self.counter is not None and self.counter.min == self.counter.max:
+            yield "constant: it held one value throughout"
+        if exact:
+            yield "no quantization error at all"
+
+
+@cache
+def _grid(bits: int, signed: bool, narrow: bool) -> QuantType:
+    return QuantType(bits, signed, narrow)
+
+
+Rows = list[tuple[TensorSpec, Tensor, int]]
+
+
+class Register:
+    """All tensors of all jobs, and the calibrators that they are calibrated by.
+
+    Attributes:
+        calibrators: those that answer the same are one; the place of each is its identity.
+    """
+
+    def __init__(self, observations: Observations):
+        self._observations = observations
+        self._known: dict[Hashable, Tensor] = {}
+        self._identities: dict[object, int] = {}
+        self.calibrators: list[Calibrator] = []
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Each once, in the order in which they are first asked for."""
+        return list(self._known.values())
+
+    def rows(self, job: Job) -> Rows:
+        """Each tensor of the job's plan, and which of its questions is meant."""
+        reduction = job.rules.reduction
+        mean = reduction if reduction.name != "pool" else None
+        distinct = {id(calibrator): calibrator for calibrator in job.calibrators.values()}
+        identities = {key: self._identity(calibrator) for key, calibrator in distinct.items()}
+        rows, known = [], self._known
+        for spec in job.plan.specs:
+            key = spec.shares or spec.name, spec.kind, spec.granularity, mean
+            if (tensor := known.get(key)) is None:
+                tensor = known[key] = self._tensor(spec, mean)
+            identity = identities[id(job.calibrators[spec.name])]
+            question = identity, spec.bits, spec.grid == "signed"
+            rows.append((spec, tensor, tensor.numbers.setdefault(question, len(tensor.numbers))))
+        return rows
+
+    def stacks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], bool]]:
+        """Tensors that can be dealt with together, and whether by calibrators of ours alone; a
+        third party's see one tensor at a time."""
+        foreign = {n for n, c in enumerate(self.calibrators) if not is_built_in(c)}
+        found: dict[Hashable, list[Tensor]] = {}
+        ours: dict[Hashable, bool] = {}
+        for tensor in tensors:
+            asked = tuple(tensor.numbers)
+            if asked not in ours:
+                ours[asked] = foreign.isdisjoint(identity for identity, *_ in asked)
+            alone = None if tensor.batches is None and ours[asked] else id(tensor)
+            kind = tensor.counter is None, tensor.narrow, tensor.signed
+            key = asked, tensor.dtype, kind, alone
+            found.setdefault(key, []).append(tensor)
+        for stack in found.values():
+            first, asked = stack[0], tuple(stack[0].numbers)
+            questions = [
+                Asked(self.calibrators[n], _grid(bits, first.signed or signed, first.narrow))
+                for n, bits, signed in asked
+            ]
+            for tensor in stack:
+                tensor.questions = questions
+            yield stack, ours[asked]
+
+    def _identity(self, calibrator: Calibrator) -> int:
+        key: object = calibrator
+        try:
+            hash(calibrator)
+        except TypeError:
+            key = id(calibrator)
+        number = self._identities.setdefault(key, len(self.calibrators))
+        if number == len(self.calibrators):
+            self.calibrators.append(calibrator)
+        return number
+
+    def _tensor(self, spec: TensorSpec, mean: Reduction | None) -> Tensor:
+        if spec.kind == "weight":
+            return Tensor(spec, None, None)
+        names = spec.shares or (spec.name,)
+        counter = pooled(self._observations.counters, names)
+        if mean is None:
+            return Tensor(spec, counter, None)
+        kept = self._observations.batches[: mean.batches]
+        single = [found for batch in kept if (found := pooled(batch, names)).n_finite]
+        tensor = Tensor(spec, counter, single)
+        if (all_ := len(self._observations.batches)) < mean.kept_batches:
+            tensor.fewer = (f"mean over all {all_} batches that there are",)
+        return tensor
