@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,19 +11,14 @@ from numpy.typing import NDArray
 
 from calib import compiled
 from calib.granularity import PerChannel
-from calib.magnitudes import (
-    moments,
-    plain_excesses,
-    plain_least_errors,
-    plain_squared_errors,
-    units,
-)
+from calib.magnitudes import Singles, moments, plain_squared_errors, units
 from calib.ordered import Ordered
 from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.ranked import Floats, Ranked, joined, starts_of
 from calib.rounding import seek, squared_errors
+from calib.sweeping import Swept, plain_sweeps
 
 # Rounding noises that are likely to be asked for together: one pass finds all.
 _USUAL = [
@@ -46,6 +41,7 @@ class Samples:
         self._noises: tuple[float, ...] = ()
         self._fixed: dict[float, Floats] = {}
         self._swept: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._measured: dict[int, list[tuple[Singles, Floats]]] = {}
 
     @classmethod
     def stacked(cls, pieces: Sequence[NDArray[np.floating]]) -> Samples:
@@ -148,11 +144,21 @@ class Samples:
         self._swept.update(zip(((points, n) for n in grids), best, strict=True))
 
     def _plainly_sweep(self, points: int, qtype: QuantType) -> None:
-        best, squares = np.empty(self.groups, np.int64), self._moments[1]
-        for groups, rows, excess in self._by_length:
-            grid = qtype.steps, points
-            best[groups] = plain_least_errors(rows, excess, squares[groups], grid)
-        self._swept[points, qtype.steps] = best
+        """As `_seek` does, without fixed points; errors that are found are kept."""
+        asked = [qtype, *(q for n, q in self._expected if n == points and self._seeks(q))]
+        grids = {q.steps: q for q in asked}
+        shape, (largest, squares) = (len(grids), self.groups), self._moments
+        found = Swept(np.empty(shape, np.int64), np.empty(shape), np.empty(shape))
+        steps = np.array([*grids], np.int64)
+        for groups, rows in self._by_length:
+            swept = plain_sweeps(rows, squares[groups], (steps, points))
+            for whole, part in zip(found, swept, strict=True):
+                whole[:, groups] = part
+        for (n, grid), best, least, last in zip(grids.items(), *found, strict=True):
+            self._swept[points, n] = best
+            thresholds = (best / points * largest, least), (largest, last)
+            measured = [(scale_from_threshold(t, grid), error) for t, error in thresholds]
+            self._measured.setdefault(n, []).extend(measured)
 
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         thresholds = np.asarray(t, np.float64).reshape(-1, self.groups)
@@ -165,20 +171,29 @@ class Samples:
             errors = self._squared_errors(steps, qtype)
         return or_mean_square(self, thresholds, errors / self.count()).reshape(np.shape(t))
 
-    def _squared_errors(self, steps: NDArray[np.float32], qtype: QuantType) -> Floats:
-        sums, first = [], 0
-        levels = np.array([qtype.qmin, qtype.qmax], np.float32)
+    def _squared_errors(self, steps: Singles, qtype: QuantType) -> Floats:
+        known = self._measured.get(qtype.steps, []) if self._seeks(qtype) else []
+        errors, first = np.empty(steps.shape), 0
         for piece in self._pieces:
-            part = slice(first, first + len(piece))
-            if self._single(qtype):
-                unit = units(self._moments[0][part])
-                sums.append(plain_squared_errors(piece, steps[:, part], levels, unit))
-            else:
-                sums.append(np.stack([self._exact(piece, step, qtype) for step in steps[:, part]]))
+            own = slice(first, first + len(piece))
+            told = [(step[own], error[own]) for step, error in known]
+            unit = units(self._moments[0][own])
+            for step, error in zip(steps[:, own], errors[:, own], strict=True):
+                same = (before for at, before in told if np.array_equal(at, step))
+                if (before := next(same, None)) is None:
+                    before = self._error(piece, step, unit, qtype)
+                error[:] = before
+                told.append((step, error))
             first += len(piece)
-        return np.concatenate(sums, axis=1)
+        return errors
 
-    def _exact(self, piece: NDArray[Any], step: NDArray[np.float32], qtype: QuantType) -> Floats:
+    def _error(self, piece: NDArray[Any], step: Singles, unit: Singles, qtype: QuantType) -> Floats:
+        if not self._single(qtype):
+            return self._exact(piece, step, qtype)
+        levels = np.array([qtype.qmin, qtype.qmax], np.float32)
+        return np.asarray(plain_squared_errors(piece, step[None], levels, unit)[0])
+
+    def _exact(self, piece: NDArray[Any], step: Singles, qtype: QuantType) -> Floats:
         written = fake_quantize(piece, step, qtype, PerChannel(0))
         squares = self._counted(np.square(written.astype(np.float64) - piece))
         return np.asarray(squares.sum(axis=1))
@@ -205,7 +220,7 @@ class Samples:
         return starts_of(self._pieces)
 
     @cached_property
-    def _flat(self) -> NDArray[np.float32]:
+    def _flat(self) -> Singles:
         return np.require(joined(self._pieces), np.float32, ["C", "A", "W"])
 
     @cached_property
@@ -220,17 +235,16 @@ class Samples:
             np.concatenate([part.sum(axis=1) for part in squares]),
         )
 
-    @cached_property
-    def _by_length(self) -> list[tuple[NDArray[np.intp], NDArray[np.float32], Floats]]:
-        """Groups that are as long, their magnitudes ``(G, N)`` and the excesses of these."""
-        ranked, found = self._ranked, []
+    @property
+    def _by_length(self) -> Iterator[tuple[NDArray[np.intp], Singles]]:
+        """Groups that are as long, and their magnitudes, ascending, ``(G, N)``."""
+        ranked = self._ranked
         for n in np.unique(ranked.length):
             groups = np.flatnonzero(ranked.length == n)
-            first = ranked.starts[groups][:, None]
-            rows = ranked.magnitude[first + np.arange(n)]
-            sums = ranked.sum[first + groups[:, None] + np.arange(n + 1)]
-            found.append((groups, rows, plain_excesses(rows, sums)))
-        return found
+            if groups.size == self.groups:
+                yield groups, ranked.magnitude.reshape(-1, n)
+            else:
+                yield groups, ranked.magnitude[ranked.starts[groups][:, None] + np.arange(n)]
 
     @cached_property
     def _ordered(self) -> Ordered:

@@ -29,6 +29,7 @@ FLOW = (
     "ordered",
     "magnitudes",
     "rounding",
+    "sweeping",
     "cells",
     "protocol",
     "samples",
