@@ -14,6 +14,8 @@ bin, which begins at a and holds d values per unit, those below b_l were counted
 
 from __future__ import annotations
 
+from functools import cached_property, lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +28,10 @@ Tables = tuple[Starts, Starts, Starts, Starts]
 
 _SAME = 3  # bins may end at the same code: where the exact maximum cuts the last, and at 0
 _NEARLY, _NOISE = 1 + 1e-9, 1e-9
+_SHIFTED = 3e-7  # a step in float32 is off by so much at most, in relation; five times
+_TINY = 1e-30  # below, the smallest scale may be larger than the one wanted
+_LINES = 800  # edges between which excesses are taken from lines
+_AT_A_TIME = 1 << 17
 
 
 class Cells:
@@ -47,20 +53,120 @@ class Cells:
         if compiled.enabled():
             gain = _gains(self._bins, self._tables, step, levels)
         else:
-            gain = np.zeros(step.shape)
-            starts, at, begin, lowest = self._tables
-            for side, bins in enumerate(np.split(self._bins, starts[1:-1], axis=-1)):
-                table = at[begin[side] : begin[side + 1]], int(lowest[side])
-                gain[:, side // 2] += _gain(bins, table, step[:, side // 2], levels[side % 2])
-        total = self._squares[0::2] + self._squares[1::2]
-        return np.asarray(np.maximum(total - gain, 0))
+            groups = np.tile(np.arange(step.shape[1]), step.shape[0])
+            gain = self._plain_gain(groups, step.ravel(), levels).reshape(step.shape)
+        return np.asarray(np.maximum(self._total - gain, 0))
 
-    def least(self, step: Floats, levels: tuple[int, int], count: Floats) -> Starts:
-        """Which of ``step`` ``(P, G)``, that ascend, has the least `squared_error` over ``count``,
-        of several the first, ``(G,)``."""
+    def least(self, step: Floats, grid: tuple[int, tuple[int, int]], count: Floats) -> Starts:
+        """Which of P thresholds, that ascend evenly from the first to the largest magnitude, has
+        the least `squared_error` over ``count``, of several the first, ``(G,)``.
+
+        Args:
+            step: of their grids, ``(P, G)``.
+            grid: how many steps a threshold is, and levels as for `squared_error`.
+            count: ``(G,)``.
+        """
+        levels = grid[1]
         if compiled.enabled():
             return _least(self._bins, self._tables, (self._squares, count), step, levels)
-        return np.asarray(np.argmin(self.squared_error(step, levels) / count, axis=0))
+        bounds = self._bounds(len(step), grid)
+        groups, best = np.arange(count.size), np.asarray(bounds.argmin(axis=1))
+        least = self._total - self._plain_gain(groups, step[best, groups], levels)
+        off = _NOISE * self._total + _SHIFTED * np.sqrt(self._total * np.maximum(least, 0))
+        groups, at = np.nonzero(bounds <= (least * _NEARLY + off)[:, None])
+        gain = self._plain_gain(groups, step[at, groups], levels)
+        error = np.maximum(self._total[groups] - gain, 0) / count[groups]
+        order = np.lexsort((at, error, groups))
+        groups, at = groups[order], at[order]
+        first = np.append(True, groups[1:] != groups[:-1])[: groups.size]
+        best[groups[first]] = at[first]
+        return best
+
+    @cached_property
+    def _total(self) -> Floats:
+        return np.asarray(self._squares[0::2] + self._squares[1::2])
+
+    def _plain_gain(self, groups: Starts, step: Floats, levels: tuple[int, int]) -> Floats:
+        """What all levels gain of each of ``groups`` ``(C,)`` at its ``step``."""
+        gain, starts = np.zeros(step.shape), self._tables[0]
+        for side, n in enumerate(levels):
+            sides = 2 * groups + side
+            held = np.flatnonzero(starts[sides] < starts[sides + 1])
+            most = max(1, _AT_A_TIME // max(n, 1))
+            for first in range(0, held.size, most):
+                own = held[first : first + most]
+                boundary = (np.arange(n) + 0.5) * step[own, None]
+                excess = _plain_excess(self._bins, self._tables, sides[own], boundary)
+                gain[own] += 2 * step[own] * excess.sum(axis=1)
+        return gain
+
+    def _bounds(self, points: int, grid: tuple[int, tuple[int, int]]) -> Floats:
+        """What the squared error at each threshold is not below, ``(G, P)``: excesses are convex,
+        so that between edges at which they are known they are not above the line."""
+        largest, excess = self._edges
+        steps, levels = grid
+        gain = np.zeros((largest.size, points))
+        for own, n in zip(excess, levels, strict=True):
+            gain += own @ _line_weights(steps, n, points)
+        bounds = self._total[:, None] - largest[:, None] * gain
+        bounds[largest < _TINY] = -np.inf
+        return np.asarray(bounds)
+
+    @cached_property
+    def _edges(self) -> tuple[Floats, Floats]:
+        """The largest magnitude of each group, ``(G,)``, and by how much the values of each side
+        exceed edges up to it in sum, ``(2, G, E + 1)``."""
+        starts = self._tables[0]
+        ends = np.append(self._bins[1], 0)[starts[1:] - 1] * (np.diff(starts) > 0)
+        largest = np.maximum(ends[0::2], ends[1::2])
+        excess = np.zeros((2, largest.size, _LINES + 1))
+        edge = np.arange(_LINES + 1) / _LINES
+        for side in range(2):
+            held = np.flatnonzero(starts[side:-1:2] < starts[side + 1 :: 2])
+            boundary = edge * largest[held, None]
+            sides = 2 * held + side
+            excess[side, held] = _plain_excess(self._bins, self._tables, sides, boundary)
+        return largest, excess
+
+
+@lru_cache(32)
+def _line_weights(steps: int, levels: int, points: int) -> Floats:
+    """What each of the excesses at edges adds to the gain of so many ``levels`` at each threshold,
+    ``(E + 1, P)``, in units of the largest magnitude."""
+    step = np.arange(1, points + 1)[:, None] / (points * steps)
+    boundary = (np.arange(levels) + 0.5) * step * _LINES
+    inside = boundary < _LINES
+    column = np.broadcast_to(np.arange(points)[:, None], boundary.shape)[inside]
+    edge = boundary[inside].astype(np.intp)
+    part = boundary[inside] - edge
+    weights = np.zeros((_LINES + 1, points))
+    np.add.at(weights, (edge, column), (1 - part) * 2 * step[column, 0])
+    np.add.at(weights, (edge + 1, column), part * 2 * step[column, 0])
+    return weights
+
+
+def _plain_excess(bins: Floats, tables: Tables, sides: Starts, boundary: Floats) -> Floats:
+    """The sum of ``x - boundary`` over the values above it, on each of ``sides`` ``(C,)``, none of
+    which is empty: ``(C, B)``, in the shape of ``boundary``."""
+    starts, table, begin, lowest = tables
+    code = _codes(boundary)
+    code -= lowest[sides, None]
+    last = (begin[sides + 1] - begin[sides] - 1)[:, None]
+    at = table[np.clip(code, 0, last, out=code) + begin[sides, None]]
+    at += starts[sides, None]
+    end = starts[sides + 1, None]
+    for _ in range(_SAME):
+        below = bins[1].take(at, mode="clip") <= boundary
+        below &= at < end
+        if not below.any():
+            break
+        at += below
+    inside = at < end
+    at[~inside] = 0
+    excess = bins[4].take(at) - boundary * bins[3].take(at)
+    above = np.maximum(boundary - bins[0].take(at), 0)
+    excess += bins[2].take(at) * np.square(above)
+    return np.where(inside, excess, 0)
 
 
 def _plainly_prepared(cells: Floats, starts: Starts) -> tuple[Floats, Floats, Tables]:
@@ -134,20 +240,6 @@ def _code(magnitude: float) -> int:
 def _codes(magnitudes: Floats) -> Starts:
     bits = magnitudes.astype(np.float32).view(np.uint32).astype(np.int64)
     return (bits + 0x8000) >> 16
-
-
-def _gain(bins: Floats, table: tuple[Starts, int], step: Floats, levels: int) -> Floats:
-    """What all levels above 0 gain, ``(P,)``, on one side."""
-    if bins.shape[1] == 0:
-        return np.zeros(step.shape)
-    boundary = (np.arange(levels) + 0.5) * step[:, None]
-    at = table[0].take(_codes(boundary) - table[1], mode="clip")
-    for _ in range(_SAME):
-        at += bins[1].take(at, mode="clip") <= boundary
-    inside = at < bins.shape[1]
-    low, _, half_density, count, total = bins.take(np.where(inside, at, 0), axis=1)
-    excess = total - boundary * count + half_density * np.square(np.maximum(boundary - low, 0))
-    return np.asarray(2 * step * np.where(inside, excess, 0).sum(axis=1))
 
 
 @kernel()

@@ -86,7 +86,8 @@ class Histogram:
             return sweep(self, points, qtype)
         thresholds = np.arange(1, points + 1)[:, None] / points * self._largest
         step = scale_from_threshold(thresholds, qtype).astype(np.float64)
-        best = self._cells.least(step, (qtype.qmax, -qtype.qmin), self._count)
+        grid = qtype.steps, (qtype.qmax, -qtype.qmin)
+        best = self._cells.least(step, grid, self._count)
         best[self._largest == 0] = 0
         return np.asarray((best + 1) / points * self._largest)
 
