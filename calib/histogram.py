@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from calib.cells import Cells
 from calib.counter import Counter
 from calib.ordered import Ordered
-from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
+from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep, usual_noises
 from calib.qtypes import QuantType
 from calib.quantize import scale_from_threshold
 from calib.ranked import Floats, Ranked
@@ -77,6 +77,7 @@ class Histogram:
 
     def fixed_point(self, noise: float) -> Floats:
         """See `Seeking`; the exact maximum where no bin's centre lies above."""
+        self._ranked.expect(usual_noises(noise))
         found = self._ranked.fixed_point(noise)
         return np.where(found < self._ranked.largest, found, self.max_abs())
 

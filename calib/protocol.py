@@ -94,6 +94,18 @@ def _seeks(kind: type) -> bool:
     return issubclass(kind, Seeking)
 
 
+@cache
+def usual_noises(noise: float) -> frozenset[float]:
+    """Rounding noises that are likely to be asked for together with ``noise``, one pass finding
+    all: those of the same kind of grid at other widths."""
+    kinds = ((True, True), (True, False), (False, False))
+    noises = (
+        {QuantType(bits, signed=signed, narrow=narrow).rounding_noise for bits in range(2, 9)}
+        for signed, narrow in kinds
+    )
+    return frozenset(next((kind for kind in noises if noise in kind), ()))
+
+
 def sweep(dist: Distribution, points: int, qtype: QuantType) -> Floats:
     """Of ``k / points · max|x|``, k = 1 … points, the one with the least ``mse``, of several the
     smallest."""

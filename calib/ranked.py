@@ -7,7 +7,7 @@ The groups of several tensors lie behind one another and may differ in length: g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ class Ranked:
         self.magnitude, self.starts = magnitude, starts
         self._shapes, self._counts = shapes, counts
         self._known: dict[tuple[str, float], Floats] = {}
+        self._noises: set[float] = set()
 
     @classmethod
     def of(
@@ -174,19 +175,31 @@ class Ranked:
         """
         return self._once("fixed point", self._fixed_point, noise)
 
+    def expect(self, noises: Iterable[float]) -> None:
+        """Says that `fixed_point` of these is to be asked for: NumPy finds them in one go."""
+        self._noises = {*noises}
+
     def _fixed_point(self, noise: float) -> Floats:
-        none = np.empty(0)
         if compiled.enabled() and self.magnitude.dtype == np.float32:
-            count = none if self.count is None else self.count
+            count = np.empty(0) if self.count is None else self.count
             return _fixed_points(self.magnitude, self.sum, count, self.starts, noise)
+        noises = np.array([noise, *(self._noises - {noise})])
+        self._noises = set()
+        for one, found in zip(noises.tolist(), self._plain_fixed_points(noises), strict=True):
+            self._known["fixed point", one] = found
+        return self._known["fixed point", noise]
+
+    def _plain_fixed_points(self, noises: Floats) -> Floats:
+        """Of F ``noises``, ``(F, G)``."""
         nonzero = self.count_at(self.rank(np.zeros(self.starts.size - 1)))
+        noise, shape = noises[:, None], (noises.size, nonzero.size)
 
         def root(rank: Ranks) -> Floats:
             above = self.count_at(rank)
             weight = noise * (nonzero - above) + above
             return self.at(self.sum, rank) / np.where(weight > 0, weight, 1)
 
-        rank = self._first(nonzero.shape, lambda at, rank: root(rank) >= self.magnitude.take(at))
+        rank = self._first(shape, lambda at, rank: root(rank) >= self.magnitude.take(at))
         before = self.magnitude.take(self.starts[:-1] + np.maximum(rank - 1, 0))
         found = np.maximum(root(rank), np.where(rank > 0, before, 0))
         return np.where(nonzero > 0, found, 0.0)

@@ -13,18 +13,12 @@ from calib import compiled
 from calib.granularity import PerChannel
 from calib.magnitudes import Singles, moments, plain_squared_errors, units
 from calib.ordered import Ordered
-from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep
+from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep, usual_noises
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.ranked import Floats, Ranked, joined, starts_of
 from calib.rounding import seek, squared_errors
 from calib.sweeping import Swept, plain_sweeps
-
-# Rounding noises that are likely to be asked for together: one pass finds all.
-_USUAL = [
-    {QuantType(b, signed=signed, narrow=narrow).rounding_noise for b in range(2, 9)}
-    for signed, narrow in ((True, True), (True, False), (False, False))
-]
 
 
 class Samples:
@@ -105,8 +99,7 @@ class Samples:
         """See `Seeking`."""
         if self._fast():
             if noise not in self._fixed:
-                kind = next((kind for kind in _USUAL if noise in kind), ())
-                self._seek(self._expected, noise, *kind)
+                self._seek(self._expected, noise, *usual_noises(noise))
             return self._fixed[noise].copy()
         return self._ranked.fixed_point(noise)
 
@@ -255,4 +248,6 @@ class Samples:
 
     @cached_property
     def _ranked(self) -> Ranked:
-        return Ranked.of(self._pieces, None if self._counts is None else [self._counts])
+        ranked = Ranked.of(self._pieces, None if self._counts is None else [self._counts])
+        ranked.expect(self._noises)
+        return ranked
