@@ -20,6 +20,8 @@ from calib.ranked import Floats, Ranked, joined, starts_of
 from calib.rounding import seek, squared_errors
 from calib.sweeping import Swept, plain_sweeps
 
+_Groups = tuple[NDArray[np.intp], NDArray[Any]]
+
 
 class Samples:
     """Raw values of shape ``(G, N)``, optionally each standing for ``counts`` values.
@@ -165,26 +167,38 @@ class Samples:
         return or_mean_square(self, thresholds, errors / self.count()).reshape(np.shape(t))
 
     def _squared_errors(self, steps: Singles, qtype: QuantType) -> Floats:
-        known = self._measured.get(qtype.steps, []) if self._seeks(qtype) else []
-        errors, first = np.empty(steps.shape), 0
-        for piece in self._pieces:
-            own = slice(first, first + len(piece))
-            told = [(step[own], error[own]) for step, error in known]
-            unit = units(self._moments[0][own])
-            for step, error in zip(steps[:, own], errors[:, own], strict=True):
-                same = (before for at, before in told if np.array_equal(at, step))
-                if (before := next(same, None)) is None:
-                    before = self._error(piece, step, unit, qtype)
-                error[:] = before
-                told.append((step, error))
-            first += len(piece)
+        """As the kernel; only where no method and no sweep led to the same step."""
+        seeks = self._seeks(qtype)
+        known = list(self._measured.get(qtype.steps, ())) if seeks else []
+        ascending = seeks and "_ranked" in self.__dict__
+        parts = self._by_length if ascending else list(self._by_piece())
+        errors = np.empty(steps.shape)
+        for step, error in zip(steps, errors, strict=True):
+            new = np.ones(self.groups, np.bool_)
+            for other, found in known:
+                same = other == step
+                np.copyto(error, found, where=same)
+                new &= ~same
+            for groups, rows in parts if new.any() else ():
+                if new[groups].any():
+                    error[groups] = self._error(groups, rows, step[groups], qtype)
+            known.append((step, error))
         return errors
 
-    def _error(self, piece: NDArray[Any], step: Singles, unit: Singles, qtype: QuantType) -> Floats:
+    def _by_piece(self) -> Iterator[_Groups]:
+        first = 0
+        for piece in self._pieces:
+            yield np.arange(first, first + len(piece)), piece
+            first += len(piece)
+
+    def _error(
+        self, groups: NDArray[np.intp], rows: NDArray[Any], step: Singles, qtype: QuantType
+    ) -> Floats:
         if not self._single(qtype):
-            return self._exact(piece, step, qtype)
+            return self._exact(rows, step, qtype)
         levels = np.array([qtype.qmin, qtype.qmax], np.float32)
-        return np.asarray(plain_squared_errors(piece, step[None], levels, unit)[0])
+        unit = units(self._moments[0][groups])
+        return np.asarray(plain_squared_errors(rows, step[None], levels, unit)[0])
 
     def _exact(self, piece: NDArray[Any], step: Singles, qtype: QuantType) -> Floats:
         written = fake_quantize(piece, step, qtype, PerChannel(0))
@@ -228,16 +242,18 @@ class Samples:
             np.concatenate([part.sum(axis=1) for part in squares]),
         )
 
-    @property
-    def _by_length(self) -> Iterator[tuple[NDArray[np.intp], Singles]]:
+    @cached_property
+    def _by_length(self) -> list[_Groups]:
         """Groups that are as long, and their magnitudes, ascending, ``(G, N)``."""
-        ranked = self._ranked
+        ranked, found = self._ranked, list[_Groups]()
         for n in np.unique(ranked.length):
             groups = np.flatnonzero(ranked.length == n)
             if groups.size == self.groups:
-                yield groups, ranked.magnitude.reshape(-1, n)
+                rows = ranked.magnitude.reshape(-1, n)
             else:
-                yield groups, ranked.magnitude[ranked.starts[groups][:, None] + np.arange(n)]
+                rows = ranked.magnitude[ranked.starts[groups][:, None] + np.arange(n)]
+            found.append((groups, rows))
+        return found
 
     @cached_property
     def _ordered(self) -> Ordered:
