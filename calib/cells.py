@@ -30,7 +30,7 @@ _SAME = 3  # bins may end at the same code: where the exact maximum cuts the las
 _NEARLY, _NOISE = 1 + 1e-9, 1e-9
 _SHIFTED = 3e-7  # a step in float32 is off by so much at most, in relation; five times
 _TINY = 1e-30  # below, the smallest scale may be larger than the one wanted
-_LINES = 800  # edges between which excesses are taken from lines
+_LINES = 400  # edges between which excesses are taken from lines
 _AT_A_TIME = 1 << 17
 
 
@@ -107,7 +107,8 @@ class Cells:
         steps, levels = grid
         gain = np.zeros((largest.size, points))
         for own, n in zip(excess, levels, strict=True):
-            gain += own @ _line_weights(steps, n, points)
+            if n > 0:
+                gain += own @ _line_weights(steps, n, points)
         bounds = self._total[:, None] - largest[:, None] * gain
         bounds[largest < _TINY] = -np.inf
         return np.asarray(bounds)

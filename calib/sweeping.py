@@ -55,18 +55,19 @@ class _Part(NamedTuple):
     Attributes:
         rows: magnitudes, ascending, ``(G, N)``.
         unit: see `units`, ``(G, 1)``.
-        largest, squares: the largest magnitude and the sum of squares, ``(G,)``; in old units.
+        largest: the largest magnitude, ``(G,)``; in old units.
+        ratio: its square.
         shares: how many values are at each edge, ``(G, E + 2)``.
-        apart: by how much bounds are too high, over largest², ``(G,)``.
+        noise: by how much bounds may be too high, over largest², ``(G,)``.
         top: see `_top`.
     """
 
     rows: Singles
     unit: Singles
     largest: Floats
-    squares: Floats
+    ratio: Floats
     shares: Singles
-    apart: Floats
+    noise: Floats
     top: list[Floats]
 
 
@@ -110,14 +111,18 @@ def _part(rows: Singles, squares: Floats, edges: int) -> _Part:
     position = scaled * (np.float32(edges) / top)
     edge = position.astype(np.intp)
     position -= edge
-    apart = (position.sum(axis=1) - np.einsum("gn,gn->g", position, position)) / edges**2
+    inside = position.sum(axis=1, dtype=np.float64)
+    inside -= np.einsum("gn,gn->g", position, position)
     edge += np.arange(len(rows))[:, None] * (edges + 2)
     size, at = len(rows) * (edges + 2), edge.ravel()
     beyond = np.bincount(at, position.ravel(), size)
     whole = np.bincount(at, None, size) - beyond
     whole[1:] += beyond[:-1]
     shares = whole.astype(np.float32).reshape(len(rows), edges + 2)
-    return _Part(scaled, unit, largest, squares, shares, apart.astype(np.float64), _top(scaled))
+    top_square = np.where(largest > 0, largest, 1) ** 2
+    noise = squares / top_square * NOISE + inside / edges**2
+    ratio = np.where(largest > 0, (largest * unit[:, 0]) ** 2, 1)
+    return _Part(scaled, unit, largest, ratio, shares, noise, _top(scaled))
 
 
 def _sweep(part: _Part, steps: int, points: int) -> tuple[Starts, Floats, Floats]:
@@ -129,8 +134,9 @@ def _sweep(part: _Part, steps: int, points: int) -> tuple[Starts, Floats, Floats
     lowest[tiny] = 0
     first = min(max(int(lowest.min() * points * (1 - 1e-6)), 1), points)
     bounds = part.shares @ _errors_at_edges(steps, points, part.shares.shape[1])[:, first - 1 :]
-    bounds[tiny] = 0
-    bounds[part.largest == 0] = np.inf
+    zero = part.largest == 0
+    if tiny.any() or zero.any():
+        bounds[tiny], bounds[zero] = 0, np.inf
     bounds[:, -1] = np.inf  # measured already
     at = bounds.argmin(axis=1)
     hopeful = np.flatnonzero(bounds[every, at] <= _limit(part, last))
@@ -139,7 +145,7 @@ def _sweep(part: _Part, steps: int, points: int) -> tuple[Starts, Floats, Floats
     groups, k = np.nonzero(bounds <= _limit(part, found[1])[:, None])
     _improve(part, (groups, k + first), grid, found)
     best, least = found
-    best[part.largest == 0] = 1
+    best[zero] = 1
     scale = part.unit.astype(np.float64)[:, 0] ** 2
     return best, least / scale, last / scale
 
@@ -164,23 +170,16 @@ def _improve(
 
 def _limit(part: _Part, least: Floats) -> Singles:
     """The largest bound, in largest², of an error that may be the least."""
-    ratio, enough = _relative(part, least)
-    off = _SHIFTED * np.sqrt(least / ratio * part.rows.shape[1])
-    return np.asarray((enough + part.apart) * _MARGIN + off, np.float32)
-
-
-def _relative(part: _Part, least: Floats) -> tuple[Floats, Floats]:
-    """largest² in units, and the largest error that may be the least in largest²."""
-    ratio = np.where(part.largest > 0, (part.largest * part.unit[:, 0]) ** 2, 1)
-    noise = np.divide(part.squares, part.largest**2, out=np.zeros(ratio.size), where=ratio < 1)
-    return ratio, least * NEARLY / ratio + noise * NOISE
+    least = least / part.ratio
+    off = np.sqrt(least * (_SHIFTED**2 * part.rows.shape[1]))
+    return np.asarray((least * NEARLY + part.noise) * _MARGIN + off, np.float32)
 
 
 def _lowest(part: _Part, least: Floats) -> Floats:
     """The threshold, over the largest magnitude, below which more than ``least`` is clipped off
     the largest few values: the error of these is ``Σ x² - 2·t·Σ x + j·t²`` as long as j exceed t.
     """
-    enough = _relative(part, least)[1] * _MARGIN
+    enough = least / part.ratio * _MARGIN + part.rows.shape[1] * NOISE
     lowest = np.zeros(enough.size)
     for j, (mean, mean_square, smallest) in zip(_TOP, part.top, strict=False):
         root = mean - np.sqrt(np.maximum(mean * mean - mean_square + enough / j, 0))
