@@ -98,7 +98,9 @@ class Ranked:
             if self._counts is not None:
                 return _counted_from_rank(self.magnitude, self._counts, self.starts, power)
             return _sums_from_rank(self.magnitude, self.starts, power)
-        terms = self.magnitude.astype(np.float64) ** power
+        terms = self.magnitude.astype(np.float64)
+        if power != 1:
+            terms **= power
         if self._counts is not None:
             terms *= self._counts
         sums, first = np.zeros(terms.size + self.starts.size - 1), 0
@@ -106,7 +108,7 @@ class Ranked:
             row = terms[first : first + groups * n].reshape(groups, n)
             start = first + self._groups_before(first)
             part = sums[start : start + groups * (n + 1)].reshape(groups, n + 1)
-            part[:, :n] = np.cumsum(row[:, ::-1], axis=1)[:, ::-1]
+            np.cumsum(row[:, ::-1], axis=1, out=part[:, :n][:, ::-1])
             first += groups * n
         return sums
 
@@ -194,14 +196,18 @@ class Ranked:
         nonzero = self.count_at(self.rank(np.zeros(self.starts.size - 1)))
         noise, shape = noises[:, None], (noises.size, nonzero.size)
 
-        def root(rank: Ranks) -> Floats:
+        def weight(rank: Ranks) -> Floats:
             above = self.count_at(rank)
-            weight = noise * (nonzero - above) + above
-            return self.at(self.sum, rank) / np.where(weight > 0, weight, 1)
+            return np.asarray(noise * (nonzero - above) + above)
 
-        rank = self._first(shape, lambda at, rank: root(rank) >= self.magnitude.take(at))
+        def below(at: Ranks, rank: Ranks) -> NDArray[np.bool_]:
+            return self.at(self.sum, rank) >= self.magnitude.take(at) * weight(rank)
+
+        rank = self._first(shape, below)
         before = self.magnitude.take(self.starts[:-1] + np.maximum(rank - 1, 0))
-        found = np.maximum(root(rank), np.where(rank > 0, before, 0))
+        rest = weight(rank)
+        root = self.at(self.sum, rank) / np.where(rest > 0, rest, 1)
+        found = np.maximum(root, np.where(rank > 0, before, 0))
         return np.where(nonzero > 0, found, 0.0)
 
     def _first(

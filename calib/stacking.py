@@ -28,7 +28,7 @@ from calib.quantize import scale_from_threshold
 
 _MOST_WORKERS = 4  # each has memory of its own
 _LITTLE = 1 << 17  # values
-_LITTLE_PLAIN = 1 << 19
+_LITTLE_PLAIN = 1 << 21
 _NONE = np.zeros((3, 1), np.bool_)
 
 Item = TypeVar("Item")

@@ -32,7 +32,8 @@ _MARGIN = 1 + 1e-4  # above what sums of float32 are off by
 _SHIFTED = 3e-7  # by so much of the largest, at most, a position in float32 is off; doubled
 _PART = 1 << 18  # values, or edges, at a time
 _TOP = (1, 4, 16, 64)  # so many of the largest values say what is clipped at least
-_EDGES = ((20, 100), (50, 200), (300, 300), (600, 400))
+_EDGES = ((32, 100), (150, 200), (400, 300))  # for so many values at most
+_MOST_EDGES = 400
 
 
 class Swept(NamedTuple):
@@ -99,7 +100,7 @@ def plain_sweeps(rows: Singles, squares: Floats, grids: tuple[Starts, int]) -> S
 
 def _edges(n: int, points: int) -> int:
     """More for longer rows, of which it takes longer to measure an error."""
-    wanted = next((edges for most, edges in _EDGES if n <= most), 600)
+    wanted = next((edges for most, edges in _EDGES if n <= most), _MOST_EDGES)
     return max(wanted // points, 1) * points if points <= 2 * wanted else wanted
 
 
@@ -214,7 +215,7 @@ def _errors(part: _Part, groups: Ranks, k: Ranks, grid: tuple[int, int]) -> Floa
     wanted = k / points * part.largest[groups] / steps
     step = np.clip(wanted, SMALLEST_STEP, LARGEST / steps).astype(np.float32)[:, None]
     step *= part.unit[groups]
-    errors, every = np.empty(groups.size), groups.size == len(part.rows)
+    errors, every = np.empty(groups.size), np.array_equal(groups, np.arange(len(part.rows)))
     size = max(1, CACHED // part.rows.shape[1])
     room = np.empty((min(size, groups.size), part.rows.shape[1]), np.float32)
     for first in range(0, groups.size, size):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from calib import cells, compiled, rounding
+from calib import cells, compiled, rounding, sweeping
 from calib.counter import Counter
 from calib.distribution import Floats, Histogram, Samples, sweep
 from calib.qtypes import QuantType
@@ -65,6 +67,60 @@ def test_no_threshold_has_less_error_than_the_one_that_is_found(
     for qtype in NARROW:
         best = dist.mse(sweep(dist, 100, qtype), qtype)
         np.testing.assert_allclose(dist.mse(dist.least_mse(100, qtype), qtype), best, rtol=2e-5)
+
+
+def few_groups(seed: int) -> Iterator[Values]:
+    """As `kinds`, two to six groups at a time: as many thresholds as groups are soon measured."""
+    rng = np.random.default_rng(seed)
+    for n in (1, 2, 9, 40, 136):
+        groups = kinds(n)
+        for size in range(2, 7):
+            yield groups[rng.integers(0, len(groups), size)]
+            yield rng.standard_normal((size, n)).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_do_not_touch_each_other_in_a_sweep(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "enabled", lambda: False)
+    for values in few_groups(seed):
+        together = Samples(values)
+        together.expect((100, qtype) for qtype in NARROW)
+        for qtype in NARROW:
+            alone = [Samples(row[None]).least_mse(100, qtype)[0] for row in values]
+            np.testing.assert_array_equal(together.least_mse(100, qtype), alone)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_errors_that_a_sweep_measured_are_those_of_the_values(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "enabled", lambda: False)
+    swept = Samples.stacked([kinds(n), kinds(7), kinds(n)])
+    for qtype in NARROW:
+        thresholds = np.stack([swept.max_abs(), swept.least_mse(100, qtype), swept.max_abs() / 3])
+        afresh = Samples.stacked([kinds(n), kinds(7), kinds(n)]).mse(thresholds, qtype)
+        noise = 1e-12 * float(np.square(swept.rms()).max())
+        np.testing.assert_allclose(swept.mse(thresholds, qtype), afresh, rtol=2e-6, atol=noise)
+
+
+@pytest.mark.parametrize("points", [7, 100, 900])
+@pytest.mark.parametrize("n", LENGTHS)
+def test_bounds_of_a_sweep_are_not_above_the_errors(n: int, points: int) -> None:
+    rows = np.sort(np.abs(kinds(n)), axis=1)
+    rows = rows[rows[:, -1] > 1e-30]
+    squares = np.square(rows, dtype=np.float64).sum(axis=1)
+    edges = sweeping._edges(n, points)
+    part = sweeping._part(rows, squares, edges)
+    for steps in (1, 3, 15, 127):
+        bounds = part.shares @ sweeping._errors_at_edges(steps, points, edges + 2)
+        for k in {1, points // 2, points - 1, points} - {0}:
+            every = np.arange(len(rows))
+            error = sweeping._errors(part, every, np.full(len(rows), k), (steps, points))
+            assert (bounds[:, k - 1] <= sweeping._limit(part, error)).all()
+            lowest = sweeping._lowest(part, error)
+            assert (lowest * points * (1 - 1e-6) <= k).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
