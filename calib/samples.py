@@ -18,7 +18,7 @@ from calib.qtypes import QuantType
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.ranked import Floats, Ranked, joined, starts_of
 from calib.rounding import seek, squared_errors
-from calib.sweeping import Swept, plain_sweeps
+from calib.sweeping import TOP, Swept, plain_sweeps
 
 _Groups = tuple[NDArray[np.intp], NDArray[Any]]
 
@@ -145,8 +145,11 @@ class Samples:
         shape, (largest, squares) = (len(grids), self.groups), self._moments
         found = Swept(np.empty(shape, np.int64), np.empty(shape), np.empty(shape))
         steps = np.array([*grids], np.int64)
+        ranked = self._ranked
         for groups, rows in self._by_length:
-            swept = plain_sweeps(rows, squares[groups], (steps, points))
+            few = np.arange(-min(rows.shape[1], TOP), 0)
+            top = ranked.magnitude[ranked.starts[groups + 1, None] + few]
+            swept = plain_sweeps(rows, top, squares[groups], (steps, points))
             for whole, part in zip(found, swept, strict=True):
                 whole[:, groups] = part
         for (n, grid), best, least, last in zip(grids.items(), *found, strict=True):
@@ -170,8 +173,8 @@ class Samples:
         """As the kernel; only where no method and no sweep led to the same step."""
         seeks = self._seeks(qtype)
         known = list(self._measured.get(qtype.steps, ())) if seeks else []
-        ascending = seeks and "_ranked" in self.__dict__
-        parts = self._by_length if ascending else list(self._by_piece())
+        merged = seeks and "_by_length" in self.__dict__  # the same but for signs
+        parts = self._by_length if merged else list(self._by_piece())
         errors = np.empty(steps.shape)
         for step, error in zip(steps, errors, strict=True):
             new = np.ones(self.groups, np.bool_)
@@ -244,16 +247,15 @@ class Samples:
 
     @cached_property
     def _by_length(self) -> list[_Groups]:
-        """Groups that are as long, and their magnitudes, ascending, ``(G, N)``."""
-        ranked, found = self._ranked, list[_Groups]()
-        for n in np.unique(ranked.length):
-            groups = np.flatnonzero(ranked.length == n)
-            if groups.size == self.groups:
-                rows = ranked.magnitude.reshape(-1, n)
-            else:
-                rows = ranked.magnitude[ranked.starts[groups][:, None] + np.arange(n)]
-            found.append((groups, rows))
-        return found
+        """Groups that are as long, and their magnitudes ``(G, N)``, in the order of the values:
+        sums of errors do not depend on what else is asked, to the bit."""
+        as_long: dict[int, list[_Groups]] = {}
+        for groups, piece in self._by_piece():
+            as_long.setdefault(piece.shape[1], []).append((groups, piece))
+        parts = (zip(*found, strict=True) for found in as_long.values())
+        return [
+            (np.concatenate(groups), np.abs(np.concatenate(pieces))) for groups, pieces in parts
+        ]
 
     @cached_property
     def _ordered(self) -> Ordered:

@@ -31,7 +31,8 @@ from calib.ranked import Floats, Ranks
 _MARGIN = 1 + 1e-4  # above what sums of float32 are off by
 _SHIFTED = 3e-7  # by so much of the largest, at most, a position in float32 is off; doubled
 _PART = 1 << 18  # values, or edges, at a time
-_TOP = (1, 4, 16, 64)  # so many of the largest values say what is clipped at least
+TOP = 64
+_TOP = (1, 4, 16, TOP)  # so many of the largest values say what is clipped at least
 _EDGES = ((32, 100), (150, 200), (400, 300))  # for so many values at most
 _MOST_EDGES = 400
 
@@ -54,7 +55,7 @@ class _Part(NamedTuple):
     """Some groups, in units of theirs, in which squares stay within float32.
 
     Attributes:
-        rows: magnitudes, ascending, ``(G, N)``.
+        rows: magnitudes, ``(G, N)``.
         unit: see `units`, ``(G, 1)``.
         largest: the largest magnitude, ``(G,)``; in old units.
         ratio: its square.
@@ -72,11 +73,12 @@ class _Part(NamedTuple):
     top: list[Floats]
 
 
-def plain_sweeps(rows: Singles, squares: Floats, grids: tuple[Starts, int]) -> Swept:
+def plain_sweeps(rows: Singles, top: Singles, squares: Floats, grids: tuple[Starts, int]) -> Swept:
     """As `calib.rounding.seek`, in NumPy: the k of the least error, of several the smallest.
 
     Args:
-        rows: magnitudes, ascending, ``(G, N)``.
+        rows: magnitudes, ``(G, N)``.
+        top: the largest `TOP` of them, or all, ascending, ``(G, n)``.
         squares: the sum of their squares, ``(G,)``.
         grids: steps of W grids that are symmetric, ``(W,)``; and points.
     """
@@ -90,7 +92,7 @@ def plain_sweeps(rows: Singles, squares: Floats, grids: tuple[Starts, int]) -> S
     size = max(1, _PART // max(n, edges))
     for first in range(0, groups, size):
         own = slice(first, first + size)
-        part = _part(rows[own], squares[own], edges)
+        part = _part(rows[own], top[own], squares[own], edges)
         for width, steps in enumerate(widths):
             swept = _sweep(part, steps, grids[1])
             for whole, one in zip(found, swept, strict=True):
@@ -104,11 +106,12 @@ def _edges(n: int, points: int) -> int:
     return max(wanted // points, 1) * points if points <= 2 * wanted else wanted
 
 
-def _part(rows: Singles, squares: Floats, edges: int) -> _Part:
-    largest = rows[:, -1].astype(np.float64)
+def _part(rows: Singles, largest_few: Singles, squares: Floats, edges: int) -> _Part:
+    largest = largest_few[:, -1].astype(np.float64)
     unit = units(largest)[:, None]
     scaled = rows * unit
-    top = np.where(scaled[:, -1:] > 0, scaled[:, -1:], np.float32(1))
+    top = largest_few[:, -1:] * unit
+    top[top == 0] = 1
     position = scaled * (np.float32(edges) / top)
     edge = position.astype(np.intp)
     position -= edge
@@ -123,7 +126,7 @@ def _part(rows: Singles, squares: Floats, edges: int) -> _Part:
     top_square = np.where(largest > 0, largest, 1) ** 2
     noise = squares / top_square * NOISE + inside / edges**2
     ratio = np.where(largest > 0, (largest * unit[:, 0]) ** 2, 1)
-    return _Part(scaled, unit, largest, ratio, shares, noise, _top(scaled))
+    return _Part(scaled, unit, largest, ratio, shares, noise, _top(largest_few))
 
 
 def _sweep(part: _Part, steps: int, points: int) -> tuple[Starts, Floats, Floats]:
@@ -188,10 +191,10 @@ def _lowest(part: _Part, least: Floats) -> Floats:
     return lowest
 
 
-def _top(rows: Singles) -> list[Floats]:
+def _top(largest_few: Singles) -> list[Floats]:
     """Of the largest values, over the largest of all, the mean, the mean square and the smallest,
     ``(3, G)``; of more and more of them."""
-    few = rows[:, max(rows.shape[1] - _TOP[-1], 0) :].astype(np.float64)
+    few = largest_few.astype(np.float64)
     few /= np.where(few[:, -1:] > 0, few[:, -1:], 1)
     parts = [few[:, few.shape[1] - j :] for j in _TOP if j <= few.shape[1]]
     return [
