@@ -60,7 +60,7 @@ _OF_AXES = {
     *("ReduceSumSquare", "ReduceLogSumExp", "ReduceLogSum", "Squeeze", "Unsqueeze", "Slice"),
 }
 _COUNT_STAYS_FIRST = ("Cast", "Identity", "Squeeze", "Unsqueeze", "Concat")
-_ROOM = 6_000_000  # bytes; found best
+_ROOM = 8_000_000  # bytes; found best
 _FEWEST = 2  # samples; of a single one, some operators compute in another order
 _TRAINED_DROPOUT = 2  # inputs: a third says whether it is trained
 _MATRIX = 2  # axes
@@ -86,7 +86,7 @@ def part_size(model: Model, names: Sequence[str], batch: Batch) -> int | None:
     weights = (value.const_value for value in model.ir.graph.initializers.values())
     room = max(_ROOM, sum(tensor.nbytes for tensor in weights if tensor is not None))
     parts = -(-n // max(_FEWEST, room // of_one))
-    return -(-n // parts) if parts > 1 else None
+    return -(-n // (parts + parts % 2)) if parts > 1 else None  # two are under way at a time
 
 
 def can_be_cut(model: Model, batch: Batch) -> bool:

@@ -267,12 +267,12 @@ def test_parts_are_as_long_as_each_other_and_fit_what_a_cache_holds(save: Save) 
         assert sample_bytes(model, ["y"], batch) == of_one
         found = part_size(model, ["y"], batch)
         if found is None:
-            assert n <= 2 or n * of_one <= 6_000_000
+            assert n <= 2 or n * of_one <= 8_000_000
             continue
         assert 2 <= found < n
-        assert found == 2 or found * of_one <= 6_000_000
-        n_parts = -(-n // found)
-        assert len({-(-n // n_parts), found}) == 1
+        assert found == 2 or found * of_one <= 8_000_000
+        even = range(2, n + 2, 2)  # numbers of parts: two are under way at a time
+        assert found in {-(-n // n_parts) for n_parts in even}
 
 
 def test_a_model_with_heavy_weights_is_run_on_more_samples_at_a_time(save: Save) -> None:
