@@ -30,6 +30,7 @@ _SAME = 3  # bins may end at the same code: where the exact maximum cuts the las
 _NEARLY, _NOISE = 1 + 1e-9, 1e-9
 _SHIFTED = 3e-7  # a step in float32 is off by so much at most, in relation; five times
 _TINY = 1e-30  # below, the smallest scale may be larger than the one wanted
+_HUGE = 1e38  # above, the largest scale may be smaller than the one wanted
 _LINES = 400  # edges between which excesses are taken from lines
 _AT_A_TIME = 1 << 17
 
@@ -110,7 +111,7 @@ class Cells:
             if n > 0:
                 gain += own @ _line_weights(steps, n, points)
         bounds = self._total[:, None] - largest[:, None] * gain
-        bounds[largest < _TINY] = -np.inf
+        bounds[(largest < _TINY) | (largest > _HUGE)] = -np.inf
         return np.asarray(bounds)
 
     @cached_property

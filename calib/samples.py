@@ -20,6 +20,8 @@ from calib.ranked import Floats, Ranked, joined, starts_of
 from calib.rounding import seek, squared_errors
 from calib.sweeping import TOP, Swept, plain_sweeps
 
+_HUGE = 1e38
+
 _Groups = tuple[NDArray[np.intp], NDArray[Any]]
 
 
@@ -124,7 +126,10 @@ class Samples:
     def _seeks(self, qtype: QuantType) -> bool:
         """Whether the grid is symmetric for these values, and float32 exact enough."""
         levels = qtype.narrow or (qtype.qmax == qtype.steps and not self.has_negative)
-        return self._single(qtype) and levels
+        if not (self._single(qtype) and levels):
+            return False
+        # The lowest level, which nothing reaches, bounds the scale of the largest values.
+        return -qtype.qmin <= qtype.steps or bool(self._moments[0].max() < _HUGE)
 
     def _seek(self, sweeps: Sequence[tuple[int, QuantType]], *noise: float) -> None:
         """Finds what is expected and ``noise``, and of ``sweeps`` those with as many points as the

@@ -236,6 +236,28 @@ def test_on_counts_the_threshold_is_that_of_measuring_all(
         np.testing.assert_array_equal(found, sweep(dist, points, qtype))
 
 
+@plainly
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_thresholds_that_the_largest_scale_does_not_reach_are_measured_as_they_are(
+    bits: int, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(compiled, "enabled", lambda: False)
+    qtype, points = QuantType(bits, signed=True), 7
+    for seed in range(60):
+        x = np.random.default_rng(seed).standard_normal(64) * 1e38
+        x = np.clip(x, -3.4e38, 3.4e38).astype(np.float32)
+        counts = Histogram(Counter.of(x))
+        found = counts.least_mse(points, qtype)
+        np.testing.assert_array_equal(found, sweep(counts, points, qtype))
+        raw = Samples(np.abs(x)[None])
+        found = raw.least_mse(points, qtype)
+        np.testing.assert_array_equal(found, sweep(Samples(np.abs(x)[None]), points, qtype))
+        asked = np.stack([found, raw.max_abs()])
+        afresh = Samples(np.abs(x)[None]).mse(asked, qtype)
+        np.testing.assert_array_equal(raw.mse(asked, qtype), afresh)
+
+
 @by_property
 @given(st.lists(any_values, min_size=1, max_size=4))
 def test_bins_of_both_sides_are_ranked_together(arrays: list[Values]) -> None:
