@@ -59,12 +59,13 @@ _OF_AXES = {
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
     *("ReduceSumSquare", "ReduceLogSumExp", "ReduceLogSum", "Squeeze", "Unsqueeze", "Slice"),
 }
-_COUNT_STAYS_FIRST = ("Cast", "Identity", "Squeeze", "Unsqueeze", "Concat")
+_COUNT_STAYS_FIRST = ("Identity", "Squeeze", "Unsqueeze", "Concat")
+_HOLD_COUNTS = (ir.DataType.INT64, ir.DataType.INT32)
 _ROOM = 8_000_000  # bytes; found best
 _FEWEST = 2  # samples; of a single one, some operators compute in another order
 _TRAINED_DROPOUT = 2  # inputs: a third says whether it is trained
 _MATRIX = 2  # axes
-_SCALES_OF_RESIZE = 2  # before opset 11 at 1, as of Upsample
+_STEPS_OF_SLICE, _AXES_OF_PAD, _SCALES_OF_RESIZE = 4, 3, 2  # before opset 11 and of Upsample at 1
 _RANDOM = {
     *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
     *("Multinomial", "Bernoulli"),
@@ -153,18 +154,35 @@ def _counted(node: ir.Node, kinds: _Kinds) -> _Of:
     """What a node makes of the number of samples, or a Shape of samples."""
     first, others = kinds[0], {*kinds[1:]}
     if node.op_type == "Shape":
-        start = node.attributes.get_int("start", 0)
-        is_known = first is _Of.SAMPLES and start >= 0
+        start, end = (node.attributes.get_int(name, n) for name, n in (("start", 0), ("end", 1)))
+        has_first = start > 0 or (start == 0 and _reaches(end, _rank(node.inputs[0])))
+        is_known = first is _Of.SAMPLES and has_first
         return (_Of.FIXED if start else _Of.COUNT) if is_known else _Of.MIXED
     if node.op_type in ("Reshape", "Expand", "ConstantOfShape"):
         return _Of.SAMPLES if _is_shaped(node, kinds) else _Of.MIXED
-    places = _numbers(node, 1) if node.op_type in ("Gather", "Slice") else None
+    places = _numbers(node, 1) if node.op_type == "Gather" else None
     if first is not _Of.COUNT or others - {_Of.FIXED}:
         return _Of.MIXED
-    if node.op_type in _COUNT_STAYS_FIRST or places == [0]:
+    if node.op_type in _COUNT_STAYS_FIRST or places == [0] or _still_counts(node):
         return _Of.COUNT
     of_other_axes = node.op_type == "Gather" and places and min(places) > 0
     return _Of.FIXED if of_other_axes else _Of.MIXED
+
+
+def _still_counts(node: ir.Node) -> bool:
+    """Whether a Cast leaves the number of samples as it is, or a Slice begins with it."""
+    if node.op_type == "Cast":
+        return node.attributes.get_int("to", 0) in _HOLD_COUNTS
+    if node.op_type != "Slice" or len(node.inputs) > _STEPS_OF_SLICE or _numbers(node, 1) != [0]:
+        return False
+    value, end = node.inputs[0], _numbers(node, 2)
+    length = value.shape[0] if value is not None and value.shape else None
+    return end is not None and _reaches(end[0], length)
+
+
+def _reaches(end: int, length: object) -> bool:
+    """Whether what ends there, of so many, has the first."""
+    return end > 0 or (isinstance(length, int) and 0 > end > -length)
 
 
 def _is_shaped(node: ir.Node, kinds: _Kinds) -> bool:
@@ -197,7 +215,10 @@ def _has_other_axes(node: ir.Node) -> bool:
 
 
 def _has_another_axis(node: ir.Node) -> bool:
-    return _is_not_first(node, (node.attributes.get_int("axis", _OF_ONE_AXIS[node.op_type]),))
+    rank = _rank(node.inputs[0]) or 0  # scales and shifts may be broadcast, or one a block
+    alike = all(value is None or _is_same_for_all(value, rank) for value in node.inputs[1:])
+    axis = node.attributes.get_int("axis", _OF_ONE_AXIS[node.op_type])
+    return alike and _is_not_first(node, (axis,))
 
 
 def _rank(value: ir.Value | None) -> int | None:
@@ -259,7 +280,8 @@ def _keeps_rows(node: ir.Node) -> bool:
     if value is None or not value.shape or not reshaped.shape:
         return False
     (first, *before), (entries, *after) = value.shape.dims, reshaped.shape.dims
-    if isinstance(entries, ir.SymbolicDim) and entries.value is not None and entries == first:
+    named = isinstance(entries, ir.SymbolicDim) and entries.value is not None
+    if named and entries == first and not reshaped.is_graph_output():  # which is but declared
         return True
     sizes = [d for d in (*before, *after) if isinstance(d, int)]
     numbers = len(sizes) == len(before) + len(after) and not isinstance(entries, int)
@@ -267,8 +289,8 @@ def _keeps_rows(node: ir.Node) -> bool:
 
 
 def _pad(node: ir.Node) -> bool:
-    if _numbers(node, 3) is not None:
-        return _is_not_first(node, _numbers(node, 3))
+    if len(node.inputs) > _AXES_OF_PAD and node.inputs[_AXES_OF_PAD] is not None:
+        return _is_not_first(node, _numbers(node, _AXES_OF_PAD))
     pads = _numbers(node, 1) or [*node.attributes.get_ints("pads", (1,))]
     return bool(pads[0] == pads[len(pads) // 2] == 0)
 
@@ -280,21 +302,12 @@ def _resize(node: ir.Node) -> bool:
     return (scales or (0,))[0] == 1
 
 
-def _transpose(node: ir.Node) -> bool:
-    permuted = node.attributes.get_ints("perm", ())
-    return bool(permuted) and permuted[0] == 0
-
-
-def _flatten(node: ir.Node) -> bool:
-    return node.attributes.get_int("axis", 1) == 1
-
-
 def _gather(node: ir.Node, kinds: _Kinds) -> bool:
     axis = node.attributes.get_int("axis", 0)
     if tuple(kinds) == (_Of.SAMPLES, _Of.FIXED):
         return _is_not_first(node, (axis,))
-    rank = _rank(node.inputs[0])
-    return tuple(kinds) == (_Of.FIXED, _Of.SAMPLES) and axis in (0, -(rank or 0))
+    is_first = axis in (0, -(_rank(node.inputs[0]) or 0))
+    return is_first and tuple(kinds) == (_Of.FIXED, _Of.SAMPLES)
 
 
 def _matmul(node: ir.Node, kinds: _Kinds) -> bool:
@@ -314,18 +327,14 @@ def _gemm(node: ir.Node) -> bool:
     return fixed and not node.attributes.get_int("transA", 0)
 
 
-def _concat(node: ir.Node, kinds: _Kinds) -> bool:
-    return _Of.FIXED not in kinds and _is_not_first(node, (node.attributes.get_int("axis", 0),))
-
-
 # Of samples in the first input, the others fixed, and of those where it is otherwise.
 _OF_THE_FIRST: dict[str, Callable[[ir.Node], bool]] = {
     **dict.fromkeys(_ALONG_OTHER_AXES, _has_other_axes),
     **dict.fromkeys(_OF_ONE_AXIS, _has_another_axis),
     **dict.fromkeys(_OF_AXES, lambda node: _is_not_first(node, _axes(node))),
     "Reshape": _keeps_rows,
-    "Flatten": _flatten,
-    "Transpose": _transpose,
+    "Flatten": lambda node: node.attributes.get_int("axis", 1) == 1,
+    "Transpose": lambda node: [*node.attributes.get_ints("perm", ()), 1][0] == 0,
     "Pad": _pad,
     "Resize": _resize,
     "Upsample": _resize,
@@ -333,7 +342,9 @@ _OF_THE_FIRST: dict[str, Callable[[ir.Node], bool]] = {
 }
 _OF_SEVERAL: dict[str, Callable[[ir.Node, _Kinds], bool]] = {
     **dict.fromkeys(_BROADCASTING, _is_aligned),
-    "Concat": _concat,
+    "Concat": lambda node, kinds: (
+        _Of.FIXED not in kinds and _is_not_first(node, (node.attributes.get_int("axis", 0),))
+    ),
     "Gather": _gather,
     "MatMul": _matmul,
 }

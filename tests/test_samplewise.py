@@ -244,6 +244,49 @@ def test_most_values_of_random_graphs_are_said_to_be_apart(tmp_path: Path) -> No
     assert n_apart > n_values / 2 > 0
 
 
+# Shapes that do not begin with the number of samples though they were made of it, what is fixed but
+# not the same for all samples, and a declared output that is not what it says.
+NOT_APART = {
+    "no length": "s = Shape<start=0, end=0>(h) t = Concat<axis=0>(s, two) y = Reshape(h, t)",
+    "none kept": "s = Shape(h) c = Slice(s, o, o) t = Concat<axis=0>(c, two) y = Reshape(h, t)",
+    "whether any": "s = Shape(h) c = Gather(s, o) b = Cast<to=9>(c) n = Cast<to=7>(b)"
+    "t = Concat<axis=0>(n, rest) y = Reshape(h, t)",
+    "scaled": "y = LayerNormalization(h, scales)",
+    "shifted": "y = LayerNormalization(h, scale, scales)",
+    "blocks": "q = QuantizeLinear<axis=1, block_size=2>(h, halves)"
+    "y = DequantizeLinear<axis=1, block_size=2>(q, halves)",
+    "padded": "y = Pad(h, pads, , axes)",
+    "declared": "y = Reshape(h, two)",
+}
+
+
+@pytest.mark.parametrize("case", list(NOT_APART))
+def test_shapes_that_are_not_what_they_seem_are_not_said_to_be_of_samples(
+    case: str, save: Save
+) -> None:
+    numbers: dict[str, Array] = {
+        "o": np.array([0], np.int64),
+        "two": np.array([2, -1], np.int64),
+        "rest": np.array([-1], np.int64),
+        "pads": np.array([0, 1, 0, 1], np.int64),
+        "scale": np.ones(4, np.float32),
+        "scales": np.arange(1, 25, dtype=np.float32).reshape(6, 4),
+        "halves": np.arange(1, 13, dtype=np.float32).reshape(6, 2),
+    }
+    text = f"""(float[N,4] x, int64[2] axes) => (float[N,M] y, float[N,K] z) <float[4,4] kernel> {{
+      h = MatMul(x, kernel) {NOT_APART[case]} z = Softmax(y)
+    }}"""
+    proto = parsed(text, {name: a for name, a in numbers.items() if name in NOT_APART[case]})
+    proto.opset_import[0].version = 21
+    model = load_model(save(proto))
+    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    batch = Batch({"x": x, "axes": np.array([1, 0])}, whole=frozenset({"axes"}))
+    Session(model.ir, ONE_THREAD, values=["z"]).run(batch.feed)  # it is valid
+    assert samples_apart(model, ["h"], batch)
+    assert not samples_apart(model, ["y"], batch)
+    assert not samples_apart(model, ["z"], batch)
+
+
 # --- sizes ----------------------------------------------------------------------------------------
 
 SMALL = """(float[N,4,S,S] image) => (float[N,4,S,S] y) <float[4,4,1,1] kernel> {
