@@ -22,7 +22,7 @@ from calib.errors import CalibError, DataError, ModelError, OptionError, one_lin
 from calib.graph import Model
 from calib.memory import Fit, fit
 from calib.observations import Observations, halved
-from calib.samplewise import part_size
+from calib.samplewise import can_be_cut, part_size
 from calib.streams import Streams
 
 _STREAMS = 2
@@ -91,7 +91,7 @@ def observe(
         tuple(load(plan.runtime, values=part) for part in plan.passes),
         how.padding_mask,
         maskable,
-        plan.samples,
+        _sizes(model, names, plan, bounded=how.max_memory is not None),
         max(1, runtime.cores // plan.streams),
         _locks(names, plan.streams),
     )
@@ -150,6 +150,25 @@ def _plan(
     return plan, chain([first], batches)
 
 
+def _sizes(
+    model: Model, names: Sequence[str], plan: Fit, *, bounded: bool
+) -> Callable[[Batch], int | None]:
+    """How many samples of a batch to run at a time; None for all. It depends on no other batch, so
+    that it does not matter where a run begins; but for the bound on memory, which the first set."""
+    known = dict[object, int | None]()
+
+    def size(batch: Batch) -> int | None:
+        shapes = batch.whole, *((name, array.shape) for name, array in batch.feed.items())
+        if shapes not in known:
+            found = part_size(model, names, batch)
+            if bounded and plan.samples and can_be_cut(model, batch):
+                found = min(found or plan.samples, plan.samples)
+            known[shapes] = found
+        return known[shapes]
+
+    return size
+
+
 def _start(model: Model, names: Sequence[str], how: Observing) -> Observations:
     """What is counted on; where too much is counted already without halves, that goes on."""
     seen = how.resumed or Observations(
@@ -173,7 +192,7 @@ class _Work:
     Attributes:
         sessions: each captures some of the activations.
         maskable: what the mask may fit.
-        samples: of a batch at a time; None for all of it.
+        size: of a batch, how many samples to run at a time; None for all of it.
         n_threads: that count a part.
         locks: each is held while values of that name are counted.
         unmasked: what the mask did not fit.
@@ -182,7 +201,7 @@ class _Work:
     sessions: tuple[Session, ...]
     padding_mask: str | None
     maskable: set[str]
-    samples: int | None
+    size: Callable[[Batch], int | None]
     n_threads: int
     locks: Mapping[str, Lock]
     unmasked: set[str] = field(default_factory=set)
@@ -216,7 +235,7 @@ class _Work:
                 f"padding-mask: the batch from sample {seen.n_samples} holds no "
                 f"{self.padding_mask!r}"
             )
-        for part in batch.parts(self.samples):
+        for part in batch.parts(self.size(batch)):
             streams.put(partial(self._count, part, counted, seen.n_samples))
         first, second = seen.half_samples
         n = batch.n_samples if seen.halves else 0

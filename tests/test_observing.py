@@ -242,6 +242,7 @@ def test_ctrl_c_ends_a_run_of_the_model_that_is_under_way(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Session, "run", noted)
+    monkeypatch.setattr("calib.samplewise._ROOM", 10**12)  # all of it at a time takes long
     with pytest.raises(KeyboardInterrupt):
         observe(model, interrupted(), make_plan(model, Rules()).activations)
     assert len(ends) == 1

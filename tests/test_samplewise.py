@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -16,7 +19,7 @@ from conftest import Load, Save
 from models import MODELS, feed_for, parsed
 
 from calib.arrays import Array, Batch
-from calib.capture import Runtime, Session
+from calib.capture import Runtime, Session, Values
 from calib.errors import ModelError
 from calib.graph import Model, load_model
 from calib.observing import Observing, observe
@@ -372,3 +375,39 @@ def test_a_value_that_overflows_in_one_part_is_told_with_the_batch_it_is_in(
     for threads in (1, 2, 4):
         with pytest.raises(ModelError, match="in the batch that starts at sample 32"):
             observe(model, batches, names, Observing(runtime=Runtime(threads=threads)))
+
+
+class _Noting(Session):
+    """Notes how many samples it is fed."""
+
+    fed: ClassVar[list[int]] = []
+
+    def run(self, feed: Mapping[str, Array], restart: bool = False) -> Values:
+        self.fed.append(max(map(len, feed.values())))
+        return super().run(feed, restart)
+
+
+def fed(model: Model, batches: list[Batch], names: Sequence[str]) -> list[int]:
+    """How many samples were run at a time."""
+    _Noting.fed.clear()
+    observe(model, batches, names, Observing(runtime=ONE_THREAD), partial(_Noting, model.ir))
+    return _Noting.fed.copy()
+
+
+def test_a_batch_is_cut_alike_wherever_a_run_begins(fixtures_dir: Path) -> None:
+    model, names, x = resnet20(fixtures_dir)
+    for n in (9, 12, 17, 31):
+        batches = [Batch({"input": x[:32]}), Batch({"input": x[32 : 32 + n]})]
+        one, other = (fed(model, [batch], names) for batch in batches)
+        assert fed(model, batches, names) == one + other
+        assert sum(other) == n
+
+
+def test_a_batch_that_cannot_be_cut_as_the_first_is_not(save: Save) -> None:
+    text = SMALL.replace("] image)", "] image, float[M,4,1,1] shift)")
+    model = load_model(
+        save(parsed(text.replace("y = Conv(image", "x = Add(image, shift) y = Conv(x")))
+    )
+    first = Batch({**images(6, 300).feed, "shift": np.zeros((6, 4, 1, 1), np.float32)})
+    second = Batch({**first.feed, "shift": np.ones((1, 4, 1, 1), np.float32)})
+    assert fed(model, [first, second], ["x"]) == [3, 3, 6]
