@@ -41,7 +41,8 @@ def copy_for(model: ir.Model, names: Sequence[str] | None = None) -> ir.Model:
     outputs = [value.name for value in part_for(model, names).graph.outputs]
     copy = model.clone()
     if names is not None:
-        values = {v.name: v for node in copy.graph for v in (*node.outputs, *node.inputs) if v}
+        values = {v.name: v for node in copy.graph for v in node.outputs}
+        values.update({v.name: v for v in copy.graph.outputs})  # also inputs and constants
         copy.graph.outputs[:] = [values[name] for name in outputs]
         remove_unused(copy)
     return copy

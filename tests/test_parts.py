@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 import pytest
-from conftest import Load
-from models import MODELS, feed_for
+from conftest import Load, Save
+from models import MODELS, feed_for, parsed
 
-from calib.graph import Model
+from calib.graph import Model, load_model
 from calib.parts import copy_for, part_for
 
 
@@ -65,6 +65,14 @@ def test_without_names_that_a_node_makes_the_part_is_the_whole(load: Load) -> No
         for part in (part_for(model.ir, names), copy_for(model.ir, names)):
             assert [value.name for value in part.graph.outputs] == whole
             assert len(list(part.graph)) == len(list(model.ir.graph))
+
+
+def test_outputs_that_no_node_makes_or_reads_stay_where_only_inputs_are_wanted(save: Save) -> None:
+    text = """(float[N,4] x, float[N,2] u) => (float[N,4] y, float[N,2] u, float[4] c)
+        <float[4,4] w, float[4] c> { y = MatMul(x, w) }"""
+    model = load_model(save(parsed(text)))
+    for part in (part_for(model.ir, ["x"]), copy_for(model.ir, ["x"])):
+        assert [value.name for value in part.graph.outputs] == ["y", "u", "c"]
 
 
 def test_an_initializer_replaced_in_a_part_stays_in_the_model(load: Load) -> None:
