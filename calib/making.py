@@ -23,7 +23,7 @@ def maker(kind: Callable[P, Made]) -> Callable[P, Made]:
     """
     if not is_dataclass(kind) or not hasattr(kind, "__slots__") or hasattr(kind, "__post_init__"):
         raise TypeError(f"{kind!r} must be a dataclass with slots, and without __post_init__")
-    loose: Any = make_dataclass("Loose", [each.name for each in fields(kind)], slots=True)
+    loose: Any = make_dataclass(kind.__name__, [each.name for each in fields(kind)], slots=True)
 
     def make(*args: P.args, **kwargs: P.kwargs) -> Made:
         made = loose(*args, **kwargs)

@@ -84,14 +84,15 @@ def observe(
     how = how or Observing()
     maskable = _maskable(model, names, how.padding_mask)
     runtime = how.runtime or Runtime()
-    plan, batches = _plan(model, batches, names, how)
+    sizes = _sizes(model, names)
+    plan, batches = _plan(model, batches, names, how, sizes)
     seen = _start(model, names, how)
     load = load or partial(Session, model.ir, feedback=model.feedback)
     work = _Work(
         tuple(load(plan.runtime, values=part) for part in plan.passes),
         how.padding_mask,
         maskable,
-        _sizes(model, names, plan, bounded=how.max_memory is not None),
+        partial(sizes, most=None if how.max_memory is None else plan.samples),
         max(1, runtime.cores // plan.streams),
         _locks(names, plan.streams),
     )
@@ -130,7 +131,11 @@ def _together(seen: Observations, settled: Observations) -> Observations:
 
 
 def _plan(
-    model: Model, batches: Iterable[Batch], names: Sequence[str], how: Observing
+    model: Model,
+    batches: Iterable[Batch],
+    names: Sequence[str],
+    how: Observing,
+    size: Callable[[Batch], int | None],
 ) -> tuple[Fit, Iterable[Batch]]:
     """How to deal with each batch; and the batches."""
     batches = iter(batches)
@@ -138,7 +143,7 @@ def _plan(
     runtime = replace(how.runtime or Runtime(), yielding=True)
     if first is None:
         return Fit(1, (tuple(names),), runtime), ()
-    samples = part_size(model, names, first)
+    samples = size(first)
     many = runtime.cores > 1 and not model.feedback and (samples or first.n_samples == 1)
     sets = how.keep_batches + (2 if how.halves else 1)
     plan = Fit(_STREAMS if many else 1, (tuple(names),), runtime, samples, sets=sets)
@@ -150,21 +155,17 @@ def _plan(
     return plan, chain([first], batches)
 
 
-def _sizes(
-    model: Model, names: Sequence[str], plan: Fit, *, bounded: bool
-) -> Callable[[Batch], int | None]:
-    """How many samples of a batch to run at a time; None for all. It depends on no other batch, so
-    that it does not matter where a run begins; but for the bound on memory, which the first set."""
+def _sizes(model: Model, names: Sequence[str]) -> Callable[..., int | None]:
+    """How many samples of a batch to run at a time, and at ``most``; None for all. But for that it
+    depends on no other batch, so that it does not matter where a run begins."""
     known = dict[object, int | None]()
 
-    def size(batch: Batch) -> int | None:
+    def size(batch: Batch, most: int | None = None) -> int | None:
         shapes = batch.whole, *((name, array.shape) for name, array in batch.feed.items())
         if shapes not in known:
-            found = part_size(model, names, batch)
-            if bounded and plan.samples and can_be_cut(model, batch):
-                found = min(found or plan.samples, plan.samples)
-            known[shapes] = found
-        return known[shapes]
+            known[shapes] = part_size(model, names, batch)
+        found = known[shapes]
+        return min(found or most, most) if most and can_be_cut(model, batch) else found
 
     return size
 

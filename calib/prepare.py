@@ -8,7 +8,8 @@ Names of inputs, outputs and nodes are kept.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +33,8 @@ _TOLD = {
     *("Reshape", "Expand", "Tile", "Squeeze", "Unsqueeze", "Pad", "Slice", "Resize", "Upsample"),
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "Split", "TopK", "CumSum"),
 }
+_FEW = 1 << 12
+_GROWING = ("Expand", "Tile", "Range", "Resize", "Upsample", "Pad", "OneHot")
 _NEVER_FOLDED = (
     "DequantizeLinear",  # it keeps what is quantized already as it is
     "QuantizeLinear",
@@ -189,19 +192,43 @@ def _is_weight_or_integer(value: ir.Value) -> bool:
 
 def _fold_constant_chains(model: ir.Model) -> None:
     """Makes initializers of what nodes compute from constants alone for a layer, or as a shape."""
-    for node in _constant_producers(model):
-        try:
-            arrays = _evaluate(node, model)
-        except Exception as error:  # the reference lacks the operator, or refuses its attributes
-            _LOG.info("%s is not folded: %s", node.name, error)
-            continue
-        for value, array in zip(node.outputs, arrays, strict=True):
-            tensor = ir.tensor(array, name=value.name)
-            constant = ir.Value(name=value.name, const_value=tensor)
-            constant.type, constant.shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-            value.replace_all_uses_with(constant, replace_graph_outputs=True)
-            model.graph.register_initializer(constant)
-        model.graph.remove(node, safe=True)
+    for node in _constant_producers(model, _read_by_layer):
+        _fold(node, model)
+    for node in _constant_producers(model, _told):
+        if _is_small(node):
+            _fold(node, model)
+
+
+def _fold(node: ir.Node, model: ir.Model) -> None:
+    try:
+        arrays = _evaluate(node, model)
+    except Exception as error:  # the reference lacks the operator, or refuses its attributes
+        _LOG.info("%s is not folded: %s", node.name, error)
+        return
+    for value, array in zip(node.outputs, arrays, strict=True):
+        tensor = ir.tensor(array, name=value.name)
+        constant = ir.Value(name=value.name, const_value=tensor)
+        constant.type, constant.shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+        value.replace_all_uses_with(constant, replace_graph_outputs=True)
+        model.graph.register_initializer(constant)
+    model.graph.remove(node, safe=True)
+
+
+def _read_by_layer(node: ir.Node) -> Sequence[ir.Value | None]:
+    return node.inputs if node.op_type in (*QUANTIZABLE_OPS, "BatchNormalization") else ()
+
+
+def _told(node: ir.Node) -> Sequence[ir.Value | None]:
+    return node.inputs[1:] if node.op_type in _TOLD else ()
+
+
+def _is_small(node: ir.Node) -> bool:
+    """Whether a node makes few numbers of few."""
+    tensors = [value.const_value for value in node.inputs if value is not None]
+    if node.op_type in _GROWING or any(t is None or t.size > _FEW for t in tensors):
+        return False
+    shapes = tensors if node.op_type == "ConstantOfShape" else ()
+    return all(math.prod(t.numpy().tolist()) <= _FEW for t in shapes if t is not None)
 
 
 def _evaluate(node: ir.Node, model: ir.Model) -> list[NDArray[Any]]:
@@ -228,9 +255,10 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _constant_producers(model: ir.Model) -> list[ir.Node]:
-    """Nodes that compute, from constants alone, an input of a layer or of a BatchNormalization, or
-    a shape or place; in graph order."""
+def _constant_producers(
+    model: ir.Model, read: Callable[[ir.Node], Sequence[ir.Value | None]]
+) -> list[ir.Node]:
+    """Nodes that compute, from constants alone, what is ``read`` of a node; in graph order."""
     constant: set[ir.Node] = set()
     wanted: set[ir.Node] = set()
     for node in model.graph:
@@ -238,11 +266,7 @@ def _constant_producers(model: ir.Model) -> list[ir.Node]:
         known = all(is_constant(v) or v.producer() in constant for v in inputs)
         if known and _is_foldable(node):
             constant.add(node)
-        if node.op_type in (*QUANTIZABLE_OPS, "BatchNormalization"):
-            wanted.update(p for v in inputs if (p := v.producer()) is not None)
-        if node.op_type in _TOLD and node not in constant:
-            told = (v for v in node.inputs[1:] if v is not None)
-            wanted.update(p for v in told if (p := v.producer()) is not None)
+        wanted.update(p for v in read(node) if v is not None and (p := v.producer()))
     for node in reversed(list(model.graph)):
         if node in wanted & constant:
             wanted.update(p for v in node.inputs if v is not None and (p := v.producer()))

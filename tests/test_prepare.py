@@ -223,6 +223,33 @@ def test_places_computed_from_constants_become_numbers_and_shapes_behind_them_ar
     np.testing.assert_array_equal(prepared["y"], expected["y"])
 
 
+@pytest.mark.parametrize(
+    "maker", ["ConstantOfShape<value=int64[1] {0}>(much)", "Expand(one, much)"]
+)
+def test_a_place_computed_from_much_is_left_to_onnxruntime(maker: str, save: Save) -> None:
+    text = f"""(float[N,4,6,6] x) => (float[N,4,A,B] y) <float[4,4,1,1] kernel> {{
+      many = {maker}
+      least = ReduceMin<keepdims=0>(many)
+      start = Unsqueeze(least, none)
+      half = Slice(x, start, end, axis, step)
+      y = Conv(half, kernel)
+    }}"""
+    given = {name: PLACES[name] for name in ("axis", "step")} | {
+        "much": np.array([10**5], np.int64),
+        "one": np.zeros(1, np.int64),
+        "none": np.zeros(1, np.int64),
+        "end": np.array([6], np.int64),
+    }
+    original = parsed(text, given)
+    model = load_model(save(original))
+    made = [v.name for node in model.ir.graph for v in node.outputs]
+    assert made == ["many", "least", "start", "half", "y"]
+    assert max(model.weight(name).size for name in model.ir.graph.initializers) < 100
+    feed = feed_for(original)
+    prepared, expected = run(ir.to_proto(model.ir), feed), run(original, feed)
+    np.testing.assert_array_equal(prepared["y"], expected["y"])
+
+
 def test_large_weights_are_folded_too(save: Save) -> None:
     """The folding of constants that this builds on has limits of size, made for other uses."""
     text = """(float[N,100] x) => (float[N,100] y) <float[100,100] stored> {
