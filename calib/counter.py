@@ -97,8 +97,7 @@ class Counter:
     def _update_compiled(self, chunk: NDArray[np.float32]) -> None:
         bits, lanes = chunk.view(np.uint32), _LOCAL.lanes
         while bits.size:
-            pairs = bits[: bits.size // 2 * 2].view(np.uint64)
-            done, least, most, n_zero = _count(bits, bits.view(np.int32), pairs, lanes, self.counts)
+            done, least, most, n_zero = _count(bits, lanes, self.counts)
             if done:
                 self.min, self.max = min(self.min, least), max(self.max, most)
                 self.n_zero += n_zero
@@ -175,24 +174,19 @@ _LOCAL = _Local()
 
 @kernel()
 def _count(
-    bits: NDArray[np.uint32],
-    signed: NDArray[np.int32],
-    pairs: NDArray[np.uint64],
-    lanes: tuple[Any, NDArray[np.uint64]],
-    counts: NDArray[np.int64],
+    bits: NDArray[np.uint32], lanes: tuple[Any, NDArray[np.uint64]], counts: NDArray[np.int64]
 ) -> tuple[int, float, float, int]:
-    """Counts at most `_CHUNK` float32 values, their bits given thrice, until some are too large or
-    NaN.
+    """Counts at most `_CHUNK` float32 values, until some are too large or NaN.
 
     Args:
-        bits, signed: uint32 and int32 ``(N,)``.
-        pairs: uint64 ``(N // 2,)``.
+        bits: uint32 ``(N,)``.
         lanes: zeros, records of four uint16 ``(65536,)``, and the same as uint64.
         counts: what is added to, int64 ``(65536,)``.
 
     Returns how many were counted, their minimum and maximum, and how many are zero.
     """
     small, top, high = np.uint32(0xFFFFFFFF), np.uint32(0), np.int32(-0x80000000)
+    signed, pairs = bits.view(np.int32), bits[: bits.size // 2 * 2].view(np.uint64)
     done = 0
     while done < bits.size:
         stop = min(done + _CACHED, bits.size)
