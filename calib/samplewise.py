@@ -84,9 +84,7 @@ def part_size(model: Model, names: Sequence[str], batch: Batch) -> int | None:
     of_one = sample_bytes(model, names, batch)
     if not of_one or not samples_apart(model, names, batch):
         return None
-    weights = (value.const_value for value in model.ir.graph.initializers.values())
-    room = max(_ROOM, sum(tensor.nbytes for tensor in weights if tensor is not None))
-    parts = -(-n // max(_FEWEST, room // of_one))
+    parts = -(-n // max(_FEWEST, max(_ROOM, model.n_bytes) // of_one))
     return -(-n // (parts + parts % 2)) if parts > 1 else None  # two are under way at a time
 
 
