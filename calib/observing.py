@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from calib.arrays import Batch, listed
 from calib.capture import Runtime, Session, Values
-from calib.compiled import enabled
 from calib.counter import Counter
 from calib.counterfile import Counters
 from calib.errors import CalibError, DataError, ModelError, OptionError, one_line
@@ -94,7 +93,7 @@ def observe(
         maskable,
         partial(sizes, most=None if how.max_memory is None else plan.samples),
         max(1, runtime.cores // plan.streams),
-        _locks(names, plan.streams),
+        {name: Lock() for name in names},
     )
     last_checkpoint = time.monotonic()
     ahead = 1 if how.max_memory is None else 0
@@ -111,13 +110,6 @@ def observe(
         raise DataError("the calibration data holds no samples")
     seen = replace(seen, notes=(plan.note,) if plan.note else ())
     return _together(seen, work.settled(seen, halves=how.halves))
-
-
-def _locks(names: Sequence[str], streams: int) -> Mapping[str, Lock]:
-    """One for each name; of several streams one for all, where NumPy counts, most of it under the
-    interpreter's lock: who waits for that waits longer."""
-    one = Lock()
-    return {name: Lock() if streams == 1 or enabled() else one for name in names}
 
 
 def _together(seen: Observations, settled: Observations) -> Observations:
