@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from calib.arrays import Batch, listed
 from calib.capture import Runtime, Session, Values
+from calib.compiled import enabled
 from calib.counter import Counter
 from calib.counterfile import Counters
 from calib.errors import CalibError, DataError, ModelError, OptionError, one_line
@@ -94,6 +96,7 @@ def observe(
         partial(sizes, most=None if how.max_memory is None else plan.samples),
         max(1, runtime.cores // plan.streams),
         {name: Lock() for name in names},
+        Lock() if plan.streams > 1 and not enabled() else nullcontext(),
     )
     last_checkpoint = time.monotonic()
     ahead = 1 if how.max_memory is None else 0
@@ -188,6 +191,8 @@ class _Work:
         size: of a batch, how many samples to run at a time; None for all of it.
         n_threads: that count a part.
         locks: each is held while values of that name are counted.
+        turn: is held while a part is counted; NumPy does most of that under the interpreter's lock,
+            and streams that do it by turns wait less for each other.
         unmasked: what the mask did not fit.
     """
 
@@ -197,6 +202,7 @@ class _Work:
     size: Callable[[Batch], int | None]
     n_threads: int
     locks: Mapping[str, Lock]
+    turn: AbstractContextManager[object]
     unmasked: set[str] = field(default_factory=set)
     helpers: ThreadPoolExecutor = field(init=False)
 
@@ -253,7 +259,8 @@ class _Work:
         for session in self.sessions:
             values = session.run(part.feed, part.restart)
             names, spoiled = list(values), dict[str, str]()
-            self._share(values, partial(self._update, values, mask, counted, spoiled))
+            with self.turn:
+                self._share(values, partial(self._update, values, mask, counted, spoiled))
             for name in names:
                 if name in spoiled:
                     raise ModelError(
