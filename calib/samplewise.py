@@ -77,7 +77,8 @@ _Kinds = Sequence[_Of]
 def part_size(model: Model, names: Sequence[str], batch: Batch) -> int | None:
     """How many samples of ``batch`` to run at a time, so that what is captured of them is still in
     a cache when it is read, on whatever machine; None for all of them, as it may be that they
-    depend on each other, or that smaller parts would have the weights read too often."""
+    depend on each other, or that smaller parts would have the weights, which are about as large as
+    the model's files, read too often."""
     n = batch.n_samples
     if n <= _FEWEST or not can_be_cut(model, batch):
         return None
