@@ -17,7 +17,8 @@ import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
 from calib.errors import CalibError, ModelError, OptionError, one_line
-from calib.parts import copy_for, part_for
+from calib.layout import CHANNELS_FIRST, in_blocks, put_channels_last
+from calib.parts import copy_for, part_for, shareable, take_out
 
 Values = dict[str, NDArray[Any]]
 Source = Path | ir.Model
@@ -27,8 +28,6 @@ _MOST_THREADS = 1024
 _FIRST_UNKNOWN_OPSET = 40
 _UNKNOWN_OP = "is not a registered function/op"
 _MOST_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
-_SHARED_BYTES = 1 << 10
-_NO_FILE = "in-memory"
 EXACT = "session.qdq_matmulnbits_accuracy_level"
 _NO_SPINNING_BETWEEN_RUNS = "session.force_spinning_stop"
 _FOLDER_OF_EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
@@ -52,6 +51,7 @@ class Runtime:
         custom_ops: shared libraries that implement custom operators.
         frugal: take as little memory as can be and keep none between runs; slower.
         yielding: threads of onnxruntime sleep between runs, when there is other work.
+        scattered: inner values may lie in memory in any order of axes, whichever is soonest there.
         exact: where only the weight is quantized, do not round the other input to int8.
 
     Raises:
@@ -63,6 +63,7 @@ class Runtime:
     custom_ops: tuple[Path, ...] = ()
     frugal: bool = False
     yielding: bool = False
+    scattered: bool = False
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -111,18 +112,22 @@ class Session:
         if isinstance(model, Path) and values is not None:
             model = ir.load(model)
         wanted = None if values is None else [*values, *self._feedback.values()]
+        scattered = runtime.scattered and optimized and values is not None
+        scattered = scattered and not (runtime.provider or runtime.frugal or feedback)
         options = _options(runtime, optimized)
         with ExitStack() as scratch:
             if isinstance(model, Path):
                 source = _Source(str(model))
             else:
-                source = _source(model, wanted, options, scratch)
+                source = _source(model, wanted, options, scratch, scattered)
             self._session = _load(source.model, options, runtime, model)
-            self._weights = source.weights
+            self._weights, self._moved = source.weights, source.moved
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         outputs = [node.name for node in self._session.get_outputs()]
         self._from_feed = [name for name in values or () if name in self._inputs]
-        self._outputs = outputs if values is None else [v for v in values if v not in self._inputs]
+        last = {value: name for name, value in self._moved.items()}
+        inner = [last.get(v, v) for v in values or () if v not in self._inputs]
+        self._outputs = outputs if values is None else inner
 
     def run(self, feed: Mapping[str, NDArray[Any]], restart: bool = False) -> Values:
         """The wanted values by name: of a list its elements, ``name[0]`` and on; what was not
@@ -154,7 +159,10 @@ class Session:
         results = dict(zip(fetched, arrays, strict=True))
         self._state = {name: results[output] for name, output in self._feedback.items()}
         for name in self._outputs:
-            captured.update(_arrays(name, results[name]))
+            if name in self._moved:
+                captured[self._moved[name]] = results[name].transpose(CHANNELS_FIRST)
+            else:
+                captured.update(_arrays(name, results[name]))
         return captured
 
     def cancel(self) -> None:
@@ -275,10 +283,11 @@ def _options(runtime: Runtime, optimized: bool) -> ort.SessionOptions:
 @dataclass(slots=True)
 class _Source:
     """What onnxruntime loads: a file, or a model whose larger weights it reads from ``weights``,
-    which must outlive the session."""
+    which must outlive the session; and which values come with channels last."""
 
     model: str | bytes
     weights: dict[str, ort.OrtValue] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
 
 
 def _source(
@@ -286,6 +295,7 @@ def _source(
     values: Sequence[str] | None,
     options: ort.SessionOptions,
     scratch: ExitStack,
+    scattered: bool,
 ) -> _Source:
     """The model with ``values`` as its only outputs; itself it stays as it is. Weights are not
     copied: external data is read where it lies, if it lies in one folder."""
@@ -293,7 +303,7 @@ def _source(
     graphs = (graph, *model.graph.subgraphs())
     tensors = [t for g in graphs for v in g.initializers.values() if (t := v.const_value)]
     folders = {str(t.base_dir) for t in tensors if isinstance(t, ir.ExternalTensor)}
-    shared = [value for value in graph.initializers.values() if _is_shared(value)]
+    shared = shareable(part)
     inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
     inline -= sum(v.const_value.nbytes for v in shared if v.const_value)
     if len(folders) > 1 or inline > _MOST_INLINE_BYTES:
@@ -309,33 +319,11 @@ def _source(
         return _Source(str(path))
     if folders:
         options.add_session_config_entry(_FOLDER_OF_EXTERNAL_DATA, folders.pop() or ".")
-    weights = {}
-    for value in shared:
-        assert value.name is not None
-        assert value.const_value is not None
-        array = np.ascontiguousarray(value.const_value.numpy())
-        weights[value.name] = ort.OrtValue.ortvalue_from_numpy(array)
-        graph.initializers[value.name] = _reference(value.const_value, value.name)
+    weights = {
+        name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in take_out(part, shared)
+    }
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
-    return _Source(bytes(ir.to_proto(part).SerializeToString()), weights)
-
-
-def _is_shared(value: ir.Value) -> bool:
-    """Whether a constant is large enough to be read where it is, and of a type that can be."""
-    tensor = value.const_value
-    return (
-        tensor is not None
-        and not isinstance(tensor, ir.ExternalTensor)
-        and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-        and tensor.nbytes >= _SHARED_BYTES
-        and not value.is_graph_input()
-        and bool(value.uses())  # onnxruntime removes others before it would read them
-    )
-
-
-def _reference(tensor: ir.TensorProtocol, name: str) -> ir.Value:
-    """A constant that is said to lie elsewhere."""
-    shape = ir.Shape(tensor.shape.numpy())
-    elsewhere = ir.ExternalTensor(_NO_FILE, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
-    return ir.Value(name=name, const_value=elsewhere)
+    proto = ir.to_proto(part)
+    moved = put_channels_last(proto, in_blocks(part)) if scattered else {}
+    return _Source(bytes(proto.SerializeToString()), weights, moved)

@@ -79,7 +79,7 @@ class Counter:
 
     def update(self, values: NDArray[Any]) -> None:
         """Counts all of ``values``: any shape, float32, float16, or converted to float32."""
-        flat = values.reshape(-1)
+        flat = values.ravel("K")  # in the order of memory
         if flat.dtype == np.float16 and flat.size >= _MANY:
             self._update_half(np.ascontiguousarray(flat).view(np.uint16))
             return

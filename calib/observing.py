@@ -135,7 +135,7 @@ def _plan(
     """How to deal with each batch; and the batches."""
     batches = iter(batches)
     first = next(batches, None)
-    runtime = replace(how.runtime or Runtime(), yielding=True)
+    runtime = replace(how.runtime or Runtime(), yielding=True, scattered=True)
     if first is None:
         return Fit(1, (tuple(names),), runtime), ()
     samples = size(first)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from calib.prepare import inner_nodes, remove_unused, sources
+
+_SHARED_BYTES = 1 << 10
+_NO_FILE = "in-memory"
 
 
 def part_for(model: ir.Model, names: Sequence[str] | None = None) -> ir.Model:
@@ -55,3 +61,34 @@ def _needed(nodes: list[ir.Node], values: Sequence[ir.Value]) -> list[ir.Node]:
         if node in needed:
             needed.update(sources(node))
     return [node for node in nodes if node in needed]
+
+
+def shareable(part: ir.Model) -> list[ir.Value]:
+    """Constants that are large enough to be read where they are, and of a type that can be."""
+    return [value for value in part.graph.initializers.values() if _is_shareable(value)]
+
+
+def take_out(part: ir.Model, constants: Sequence[ir.Value]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Names and arrays of ``constants``, which are said to lie elsewhere from then on."""
+    for value in constants:
+        name, tensor = value.name, value.const_value
+        assert name is not None
+        assert tensor is not None
+        shape = ir.Shape(tensor.shape.numpy())
+        elsewhere = ir.ExternalTensor(
+            _NO_FILE, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
+        )
+        part.graph.initializers[name] = ir.Value(name=name, const_value=elsewhere)
+        yield name, np.ascontiguousarray(tensor.numpy())
+
+
+def _is_shareable(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return (
+        tensor is not None
+        and not isinstance(tensor, ir.ExternalTensor)
+        and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+        and tensor.nbytes >= _SHARED_BYTES
+        and not value.is_graph_input()
+        and bool(value.uses())  # onnxruntime removes others before it would read them
+    )
