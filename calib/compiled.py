@@ -13,6 +13,9 @@ from functools import cache, cached_property
 from types import FunctionType
 from typing import Any, Generic, ParamSpec, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 _LOG = logging.getLogger(__name__)
 
 PLAIN = "OCTAV_CALIBRATE_PLAIN"
@@ -39,8 +42,8 @@ def enabled() -> bool:
 class Kernel(Generic[P, R]):
     """A function that is compiled when it is first called; it releases the interpreter lock.
 
-    It may call other kernels of its module, and `prefetch`. Compiled code is kept in numba's
-    cache, so that a process after the first only loads it; a change of another module goes
+    It may call other kernels of its module, `prefetch` and `words_at`. Compiled code is kept in
+    numba's cache, so that a process after the first only loads it; a change of another module goes
     unnoticed there.
     """
 
@@ -62,8 +65,8 @@ class Kernel(Generic[P, R]):
         for name in source.__code__.co_names:
             if isinstance(called := known.get(name), Kernel):
                 known[name] = called._compiled
-            elif called is prefetch:
-                known[name] = _prefetch()
+            elif called in _INTRINSICS:
+                known[name] = _INTRINSICS[called]()
         function = FunctionType(source.__code__, known, source.__name__, source.__defaults__)
         function.__qualname__, function.__module__ = source.__qualname__, source.__module__
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -92,6 +95,11 @@ def prefetch(address: int) -> None:
     raise NotImplementedError("only compiled code can do that")
 
 
+def words_at(address: int, size: int) -> NDArray[np.uint32]:
+    """For kernels: the ``size`` numbers of 32 bits at ``address``, which have to stay there."""
+    raise NotImplementedError("only compiled code can do that")
+
+
 @cache
 def _prefetch() -> object:
     from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
@@ -110,3 +118,25 @@ def _prefetch() -> object:
         return types.void(types.intp), generate
 
     return intrinsic(typed)
+
+
+@cache
+def _words_at() -> object:
+    from numba import carray, njit, types  # type: ignore[attr-defined] # noqa: PLC0415
+    from numba.extending import intrinsic  # noqa: PLC0415
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    def typed(_context: Any, _address: Any) -> Any:
+        return types.voidptr(types.intp), generate
+
+    pointer: Any = intrinsic(typed)
+
+    def view(address: int, size: int) -> Any:
+        return carray(pointer(address), (size,), np.uint32)
+
+    return njit(view)
+
+
+_INTRINSICS: dict[object, Callable[[], object]] = {prefetch: _prefetch, words_at: _words_at}

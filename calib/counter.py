@@ -8,24 +8,19 @@ merging is addition.
 from __future__ import annotations
 
 import sys
-import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.compiled import enabled, kernel, prefetch
+from calib.compiled import enabled
+from calib.counting import CACHED, MINUS_ZERO_CODE, N_CODES, Counted, count_each, tally
 
-N_CODES = 1 << 16
-_CACHED = 1 << 12
-_CHUNK = 63 * _CACHED  # a lane counts a quarter of them, up to 65,535
 _PLAIN_CHUNK = 1 << 19  # longer ones take more memory and gain little
 _HIGH = slice(int(sys.byteorder == "little"), None, 2)  # of the halves of numbers of 32 bits
-_AHEAD = 1 << 11  # bytes; found best
-_TOGETHER = 1 << 8
 _MANY = 1 << 16
 _MINUS_ZERO = np.uint32(0x80000000)
-_MINUS_ZERO_CODE = 0x8000
 _ABOVE_BFLOAT16 = float(np.uint32(0x7F7F8000).view(np.float32))
 _LARGEST_BFLOAT16 = np.uint32(0x7F7F0000).view(np.float32)
 
@@ -68,9 +63,7 @@ class Counter:
         """Codes up to those of the extremes, positive and negative: behind them, nothing is."""
         bounds = np.abs(np.clip([self.max, -self.min], 0, _LARGEST_BFLOAT16).astype(np.float32))
         largest, lowest = (bounds.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
-        return slice(0, int(largest) + 1), slice(
-            _MINUS_ZERO_CODE, _MINUS_ZERO_CODE + int(lowest) + 1
-        )
+        return slice(0, int(largest) + 1), slice(MINUS_ZERO_CODE, MINUS_ZERO_CODE + int(lowest) + 1)
 
     @property
     def n_finite(self) -> int:
@@ -79,32 +72,33 @@ class Counter:
 
     def update(self, values: NDArray[Any]) -> None:
         """Counts all of ``values``: any shape, float32, float16, or converted to float32."""
-        flat = values.ravel("K")  # in the order of memory
+        update_all((self,), (values,))
+
+    def _update_converted(self, flat: NDArray[Any]) -> None:
+        """As `update`, in parts that are converted if need be."""
         if flat.dtype == np.float16 and flat.size >= _MANY:
-            self._update_half(np.ascontiguousarray(flat).view(np.uint16))
+            self._update_half(flat.view(np.uint16))
             return
-        size = _CHUNK if enabled() else _PLAIN_CHUNK
-        for start in range(0, flat.size, size):
-            chunk = flat[start : start + size]
-            if chunk.dtype != np.float32 or not chunk.flags.c_contiguous:
-                with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
-                    chunk = np.ascontiguousarray(chunk, np.float32)
+        for start in range(0, flat.size, _PLAIN_CHUNK):
+            with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
+                chunk = np.require(flat[start : start + _PLAIN_CHUNK], np.float32, "A")
             if enabled():
-                self._update_compiled(chunk)
+                self.update(chunk)
             else:
                 self._update(chunk)
 
-    def _update_compiled(self, chunk: NDArray[np.float32]) -> None:
-        bits, lanes = chunk.view(np.uint32), _LOCAL.lanes
-        while bits.size:
-            done, least, most, n_zero = _count(bits, lanes, self.counts)
-            if done:
-                self.min, self.max = min(self.min, least), max(self.max, most)
-                self.n_zero += n_zero
-            if done == bits.size:
+    def _add(self, flat: NDArray[np.float32], counted: Counted) -> None:
+        """Notes what was ``counted`` of ``flat``, and counts the rest."""
+        done = 0
+        while True:
+            n, least, most, n_zero = counted
+            self.min, self.max = min(self.min, least), max(self.max, most)
+            self.n_zero += n_zero
+            if (done := done + n) == flat.size:
                 return
-            self._update(bits[done : done + _CACHED].view(np.float32))
-            bits = bits[done + _CACHED :]
+            self._update(flat[done : done + CACHED])
+            done = min(done + CACHED, flat.size)
+            (counted,) = count_each([flat[done:]], [self.counts])
 
     def _update(self, chunk: NDArray[np.float32]) -> None:
         low, high = chunk.min(), chunk.max()
@@ -126,18 +120,18 @@ class Counter:
         self.counts[: counts.size] += counts
         if counts[0]:
             self.n_zero += chunk.size - int(np.count_nonzero(bits))
-        if counts.size > _MINUS_ZERO_CODE and counts[_MINUS_ZERO_CODE]:
+        if counts.size > MINUS_ZERO_CODE and counts[MINUS_ZERO_CODE]:
             self.n_zero += int(np.count_nonzero(bits == _MINUS_ZERO))
 
     def _update_half(self, bits: NDArray[np.uint16]) -> None:
         """Counts float16 values as what they are, to convert each but once."""
         if enabled():
-            tally = np.zeros(N_CODES, np.int64)
-            _tally(bits, tally)
+            counts = np.zeros(N_CODES, np.int64)
+            tally(bits, counts)
         else:
-            tally = np.bincount(bits, minlength=N_CODES)
-        found = np.flatnonzero(tally)
-        values, times = found.astype(np.uint16).view(np.float16).astype(np.float32), tally[found]
+            counts = np.bincount(bits, minlength=N_CODES)
+        found = np.flatnonzero(counts)
+        values, times = found.astype(np.uint16).view(np.float16).astype(np.float32), counts[found]
         finite = np.isfinite(values)
         self.n_nan += int(times[np.isnan(values)].sum())
         self.n_inf += int(times[np.isinf(values)].sum())
@@ -160,156 +154,17 @@ class Counter:
         self.n_inf += other.n_inf
 
 
-class _Local(threading.local):
-    """What each thread counts in before it adds that to a tensor's counts; zero in between. What
-    occurs of it is small, so that it stays in the fastest cache."""
-
-    def __init__(self) -> None:
-        lanes = np.zeros(N_CODES, [(lane, np.uint16) for lane in "abcd"])
-        self.lanes = lanes, lanes.view(np.uint64)
-
-
-_LOCAL = _Local()
-
-
-@kernel()
-def _count(
-    bits: NDArray[np.uint32], lanes: tuple[Any, NDArray[np.uint64]], counts: NDArray[np.int64]
-) -> tuple[int, float, float, int]:
-    """Counts at most `_CHUNK` float32 values, until some are too large or NaN.
-
-    Args:
-        bits: uint32 ``(N,)``.
-        lanes: zeros, records of four uint16 ``(65536,)``, and the same as uint64.
-        counts: what is added to, int64 ``(65536,)``.
-
-    Returns how many were counted, their minimum and maximum, and how many are zero.
-    """
-    small, top, high = np.uint32(0xFFFFFFFF), np.uint32(0), np.int32(-0x80000000)
-    signed, pairs = bits.view(np.int32), bits[: bits.size // 2 * 2].view(np.uint64)
-    done = 0
-    while done < bits.size:
-        stop = min(done + _CACHED, bits.size)
-        block, two = bits[done:stop], pairs[done // 2 : stop // 2]
-        _add(block, two, lanes[0], np.uint16(1))
-        # From the cache by now: counting first hides how long memory takes.
-        a, b, c = _ends(block, signed[done:stop])
-        if b >= np.uint32(0xFF7F8000) or c >= np.int32(0x7F7F8000):
-            _add(block, two, lanes[0], np.uint16(0xFFFF))
-            break
-        small, top, high = min(small, a), max(top, b), max(high, c)
-        done = stop
-    counted, words = done, lanes[1]
-    n_zero = _four(words[0]) + _four(words[_MINUS_ZERO_CODE])
-    if n_zero and small < np.uint32(0x8000):  # then it is also of what rounds to zero
-        n_zero = _zeros(bits[:counted])
-    for sign, largest in ((0, np.uint32(max(high, np.int32(0)))), (_MINUS_ZERO_CODE, top)):
-        _fold(words, counts, (sign, sign + 1))
-        _fold(words, counts, (sign + max(_code(small), 1), _code(largest) + 1))
-    zero = np.uint32(0) if n_zero else small
-    # The largest bits are those of the most negative value, if there is one.
-    least = top if top >= np.uint32(0x80000000) else zero
-    most = np.uint32(high) if high >= 0 else np.uint32(np.uint32(0x80000000) | zero)
-    return counted, _value(least), _value(most), n_zero
-
-
-@kernel()
-def _add(
-    bits: NDArray[np.uint32],
-    pairs: NDArray[np.uint64],
-    lanes: Any,
-    times: np.uint16,
-) -> None:
-    """Adds ``times``, 1 or -1, for each value.
-
-    Of four neighbours each goes to a lane of its own, as repeated codes would wait for each other.
-    """
-    half, mask = np.uint64(0x800000008000), np.uint64(0xFFFF)
-    word, long = np.uint64(16), np.uint64(48)
-    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
-    ahead, fours = pairs.ctypes.data + _AHEAD, pairs.size // 4
-    for i in range(fours):
-        prefetch(ahead + 32 * i)
-        n = np.uint64(i) << two  # unsigned: no index is negative
-        p, q = pairs[n] + half, pairs[n | one] + half
-        r, s = pairs[n | two] + half, pairs[n | three] + half
-        lanes[(p >> word) & mask].a += times
-        lanes[p >> long].b += times
-        lanes[(q >> word) & mask].c += times
-        lanes[q >> long].d += times
-        lanes[(r >> word) & mask].a += times
-        lanes[r >> long].b += times
-        lanes[(s >> word) & mask].c += times
-        lanes[s >> long].d += times
-    for rest in bits[8 * fours :]:
-        lanes[_code(rest)].a += times
-
-
-@kernel()
-def _fold(lanes: NDArray[np.uint64], counts: NDArray[np.int64], span: tuple[int, int]) -> None:
-    """Moves what was counted of the codes of ``span`` from ``lanes`` to ``counts``."""
-    for start in range(span[0], span[1], _TOGETHER):
-        stop = min(start + _TOGETHER, span[1])
-        if not _any(lanes[start:stop]):
-            continue
-        for code in range(start, stop):
-            counts[code] += _four(lanes[code])
-            lanes[code] = np.uint64(0)
-
-
-@kernel()
-def _four(word: np.uint64) -> int:
-    """The sum of the numbers of 16 bits in a word."""
-    mask, width = np.uint64(0x0000FFFF0000FFFF), np.uint64(16)
-    pairs = (word & mask) + ((word >> width) & mask)
-    return int(np.uint64(pairs + (pairs << np.uint64(32))) >> np.uint64(32))
-
-
-@kernel()
-def _any(words: NDArray[np.uint64]) -> bool:
-    seen = np.uint64(0)
-    for i in range(words.size):  # in this form, it is vectorized
-        seen = np.uint64(seen | words[i])
-    return bool(seen)
-
-
-@kernel()
-def _code(bits: np.uint32) -> int:
-    return int(np.uint32(bits + np.uint32(0x8000)) >> np.uint32(16))
-
-
-@kernel()
-def _value(bits: np.uint32) -> float:
-    return float(np.uint32(bits).view(np.float32))
-
-
-@kernel()
-def _ends(
-    bits: NDArray[np.uint32], signed: NDArray[np.int32]
-) -> tuple[np.uint32, np.uint32, np.int32]:
-    """The smallest magnitude that is not zero (0x80000000: there is none), the largest bits, and
-    the largest as signed."""
-    low, top, high = np.uint32(0xFFFFFFFF), np.uint32(0), np.int32(-0x80000000)
-    for i in range(bits.size):
-        b, s = bits[i], signed[i]
-        twice = np.uint32(np.uint32(b << np.uint32(1)) - np.uint32(1))  # of zero the largest
-        low = twice if twice < low else low
-        top = b if b > top else top
-        high = s if s > high else high
-    return np.uint32((low >> np.uint32(1)) + np.uint32(1)), top, high
-
-
-@kernel()
-def _zeros(bits: NDArray[np.uint32]) -> int:
-    """How many values are zero, of either sign."""
-    zeros = np.uint32(0)
-    for i in range(bits.size):  # in this form, it is vectorized
-        magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-        zeros = np.uint32(zeros + (np.uint32(magnitude - np.uint32(1)) >> np.uint32(31)))
-    return int(zeros)
-
-
-@kernel()
-def _tally(codes: NDArray[np.uint16], tally: NDArray[np.int64]) -> None:
-    for code in codes:
-        tally[code] += 1
+def update_all(counters: Sequence[Counter], arrays: Sequence[NDArray[Any]]) -> None:
+    """Has each of ``counters`` count its array, as `Counter.update`; sooner than one by one."""
+    own, flat = list[Counter](), list[NDArray[np.float32]]()
+    for counter, values in zip(counters, arrays, strict=True):
+        array = values.ravel("K")  # in the order of memory
+        if enabled() and array.dtype == np.float32 and array.flags.aligned:
+            own.append(counter)
+            flat.append(array)
+        else:
+            counter._update_converted(array)
+    if own:
+        found = count_each(flat, [counter.counts for counter in own])
+        for counter, array, counted in zip(own, flat, found, strict=True):
+            counter._add(array, counted)

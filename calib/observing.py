@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,19 +14,21 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.arrays import Batch, listed
+from calib.arrays import Batch
 from calib.capture import Runtime, Session, Values
 from calib.compiled import enabled
-from calib.counter import Counter
+from calib.counter import Counter, update_all
 from calib.counterfile import Counters
-from calib.errors import CalibError, DataError, ModelError, OptionError, one_line
+from calib.errors import CalibError, DataError, ModelError, one_line
 from calib.graph import Model
 from calib.memory import Fit, fit
 from calib.observations import Observations, halved
+from calib.padding import Padding
 from calib.samplewise import can_be_cut, part_size
 from calib.streams import Streams
 
 _STREAMS = 2
+_GROUP = 8  # activations, counted together
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def observe(
         OptionError: if the padding mask is no input, or ``max_memory`` is too little.
     """
     how = how or Observing()
-    maskable = _maskable(model, names, how.padding_mask)
+    padding = Padding(model, names, how.padding_mask)
     runtime = how.runtime or Runtime()
     sizes = _sizes(model, names)
     plan, batches = _plan(model, batches, names, how, sizes)
@@ -91,11 +93,10 @@ def observe(
     load = load or partial(Session, model.ir, feedback=model.feedback)
     work = _Work(
         tuple(load(plan.runtime, values=part) for part in plan.passes),
-        how.padding_mask,
-        maskable,
+        padding,
         partial(sizes, most=None if how.max_memory is None else plan.samples),
         max(1, runtime.cores // plan.streams),
-        {name: Lock() for name in names},
+        _groups(names),
         Lock() if plan.streams > 1 and not enabled() else nullcontext(),
     )
     last_checkpoint = time.monotonic()
@@ -181,29 +182,40 @@ def _start(model: Model, names: Sequence[str], how: Observing) -> Observations:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Activations that are counted together, and what is held meanwhile."""
+
+    names: tuple[str, ...]
+    lock: Lock = field(default_factory=Lock)
+
+
+def _groups(names: Sequence[str]) -> tuple[_Group, ...]:
+    """Of neighbours, which are about as large, each goes to another."""
+    n = -(-len(names) // _GROUP)
+    return tuple(_Group(tuple(names[first::n])) for first in range(n))
+
+
 @dataclass(slots=True)
 class _Work:
     """What becomes of each batch.
 
     Attributes:
         sessions: each captures some of the activations.
-        maskable: what the mask may fit.
+        padding: of all activations.
         size: of a batch, how many samples to run at a time; None for all of it.
         n_threads: that count a part.
-        locks: each is held while values of that name are counted.
+        groups: of all activations.
         turn: is held while a part is counted; NumPy does most of that under the interpreter's lock,
             and streams that do it by turns wait less for each other.
-        unmasked: what the mask did not fit.
     """
 
     sessions: tuple[Session, ...]
-    padding_mask: str | None
-    maskable: set[str]
+    padding: Padding
     size: Callable[[Batch], int | None]
     n_threads: int
-    locks: Mapping[str, Lock]
+    groups: tuple[_Group, ...]
     turn: AbstractContextManager[object]
-    unmasked: set[str] = field(default_factory=set)
     helpers: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -229,11 +241,7 @@ class _Work:
         if len(kept) < keep_batches:
             kept = (*kept, {name: Counter() for name in seen.counters})
             counted.append(kept[-1])
-        if self.padding_mask is not None and self.padding_mask not in batch.feed:
-            raise DataError(
-                f"padding-mask: the batch from sample {seen.n_samples} holds no "
-                f"{self.padding_mask!r}"
-            )
+        self.padding.check(batch, seen.n_samples)
         for part in batch.parts(self.size(batch)):
             streams.put(partial(self._count, part, counted, seen.n_samples))
         first, second = seen.half_samples
@@ -248,19 +256,19 @@ class _Work:
 
     def settled(self, seen: Observations, *, halves: bool) -> Observations:
         """``seen`` once all of it is counted; without halves if one is empty, or none wanted."""
-        seen = replace(seen, unmasked=tuple(sorted({*seen.unmasked, *self.unmasked})))
+        seen = replace(seen, unmasked=tuple(sorted({*seen.unmasked, *self.padding.unmasked})))
         if not seen.halves or (halves and seen.n_batches > 1):
             return seen
         return replace(seen, halves=(), half_samples=(0, 0))
 
     def _count(self, part: Batch, counted: list[Counters], first: int) -> None:
         """Runs a part of a batch, and counts all of its activations in each of ``counted``."""
-        mask = None if self.padding_mask is None else part.feed[self.padding_mask] != 0
+        mask = self.padding.mask(part)
         for session in self.sessions:
             values = session.run(part.feed, part.restart)
             names, spoiled = list(values), dict[str, str]()
             with self.turn:
-                self._share(values, partial(self._update, values, mask, counted, spoiled))
+                self._share(partial(self._update, values, mask, counted, spoiled))
             for name in names:
                 if name in spoiled:
                     raise ModelError(
@@ -269,18 +277,28 @@ class _Work:
                         f"not preprocessed for it"
                     )
 
-    def _share(self, values: Values, update: Callable[[str], None]) -> None:
-        """Calls ``update`` with every name in several threads, the largest arrays first."""
-        names = list(values)
-        if self.n_threads > 1:
-            names.sort(key=lambda name: -values[name].size)
+    def _share(self, update: Callable[[Sequence[str]], None]) -> None:
+        """Calls ``update`` with the names of every group, in several threads; last with those that
+        another stream is busy with."""
+        waiting, choosing = [*self.groups], Lock()
 
-        def work(first: int) -> None:
-            for name in names[first :: self.n_threads]:
-                update(name)
+        def work() -> None:
+            while True:
+                with choosing:
+                    if not waiting:
+                        return
+                    free = (group for group in waiting if group.lock.acquire(blocking=False))
+                    if (group := next(free, None)) is None:
+                        group = waiting[0]
+                        group.lock.acquire()
+                    waiting.remove(group)
+                try:
+                    update(group.names)
+                finally:
+                    group.lock.release()
 
-        others = [self.helpers.submit(work, n) for n in range(1, min(self.n_threads, len(names)))]
-        work(0)
+        others = [self.helpers.submit(work) for _ in range(1, min(self.n_threads, len(waiting)))]
+        work()
         for other in others:
             other.result()
 
@@ -290,49 +308,23 @@ class _Work:
         mask: NDArray[np.bool_] | None,
         counted: list[Counters],
         spoiled: dict[str, str],
-        name: str,
+        names: Sequence[str],
     ) -> None:
-        """Counts one value, and lets go of it; what is not finite stands in ``spoiled`` then."""
-        array = values.pop(name)
-        if mask is not None:
-            if name in self.maskable and array.shape[: mask.ndim] == mask.shape:
-                array = np.asarray(array[mask])
-            else:
-                self.unmasked.add(name)
+        """Counts those of ``values``, and lets go of them; what is not finite stands in
+        ``spoiled`` then."""
+        names = [name for name in names if name in values]
+        arrays = [self.padding.removed(name, values.pop(name), mask) for name in names]
+        first = [counted[0][name] for name in names]
+        before = [(counter.n_nan, counter.n_inf) for counter in first]
         try:
-            with self.locks[name]:
-                counter = counted[0][name]
-                n_nan, n_inf = counter.n_nan, counter.n_inf
-                for counters in counted:
-                    counters[name].update(array)
-                if (counter.n_nan, counter.n_inf) != (n_nan, n_inf):
-                    spoiled[name] = "NaN" if counter.n_nan > n_nan else "infinite"
+            for counters in counted:
+                update_all([counters[name] for name in names], arrays)
         except (CalibError, MemoryError):
             raise
         except Exception as error:  # in a thread, where nothing else would tell which it was
-            raise ModelError(f"activation {name!r} cannot be counted: {one_line(error)}") from error
-
-
-def _maskable(model: Model, names: Sequence[str], mask: str | None) -> set[str]:
-    """Values of which the first axes may be those of the mask: numbers where it has the same
-    numbers, free where it is free. Lengths alone could mistake heads for tokens.
-
-    Raises:
-        OptionError: if the mask is no input.
-    """
-    inputs = [spec.name for spec in model.inputs]
-    if mask is not None and mask not in inputs:
-        raise OptionError(f"padding-mask: the model has no input {mask!r}, only {listed(inputs)}")
-    graph = model.ir.graph
-    values = {v.name: v.shape for node in graph for v in node.outputs}
-    values.update({v.name: v.shape for v in graph.inputs})
-    wanted = values.get(mask)
-    if wanted is None:
-        return set()
-    kinds = [d if isinstance(d, int) else None for d in wanted.dims]
-    found = ((name, shape) for name in names if (shape := values.get(name)) is not None)
-    return {
-        name
-        for name, shape in found
-        if [d if isinstance(d, int) else None for d in shape.dims[: len(kinds)]] == kinds
-    }
+            what = "activation" if len(names) == 1 else "one of the activations"
+            reason = f"cannot be counted: {one_line(error)}"
+            raise ModelError(f"{what} {', '.join(map(repr, names))} {reason}") from error
+        for name, counter, (n_nan, n_inf) in zip(names, first, before, strict=True):
+            if (counter.n_nan, counter.n_inf) != (n_nan, n_inf):
+                spoiled[name] = "NaN" if counter.n_nan > n_nan else "infinite"

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from calib.counter import N_CODES, Counter
+from calib.counter import Counter, update_all
+from calib.counting import N_CODES
 
 Floats = NDArray[np.float32]
 
@@ -208,6 +209,50 @@ def test_layout_does_not_matter_and_nothing_is_written() -> None:
     assert everything(counted(values[::-1], np.empty((0, 3), np.float32))) == expected
     assert everything(counted(values[::2], values[1::2])) == expected
     assert values.tobytes() == before
+
+
+@by_property
+@given(st.lists(arrays_of_any_bits, max_size=6))
+def test_arrays_that_are_counted_together_are_counted_as_one_by_one(arrays: list[Floats]) -> None:
+    together = [Counter() for _ in arrays]
+    for _ in range(2):
+        update_all(together, arrays)
+    alone = [counted(array, array) for array in arrays]
+    assert [*map(everything, together)] == [*map(everything, alone)]
+
+
+def test_arrays_of_every_kind_and_length_are_counted_together() -> None:
+    rng = np.random.default_rng(4)
+    long = rng.standard_normal((3, 5, 40, 500)).astype(np.float32)
+    spoiled = long.copy()
+    spoiled[1, 2, ::7, 3] = np.nan
+    spoiled[:, 4, 5, 6] = [np.inf, -np.inf, 3.4e38]
+    padded = np.frombuffer(b"\0" * 2 + long.tobytes(), np.uint8)[2:]  # at no multiple of 4 bytes
+    arrays: list[NDArray[np.floating]] = [
+        np.empty((2, 0), np.float32),
+        long.transpose(0, 2, 3, 1),
+        spoiled,
+        long.astype(np.float16),
+        long[0].astype(np.float64),
+        long.astype(">f4"),
+        padded.view(np.float32),
+        np.float32(-1.5) * np.ones((), np.float32),
+        long[:, ::2],
+        np.broadcast_to(long[0, 0, 0], (70, 500)),
+    ]
+    together = [Counter() for _ in arrays]
+    update_all(together, arrays)
+    for number, (counter, array) in enumerate(zip(together, arrays, strict=True)):
+        expected = Counter()
+        for value in np.array_split(array.astype(np.float32).ravel(), 9):
+            expected.update(value)
+        assert everything(counter) == everything(expected), number
+    assert together[2].n_nan == spoiled[1, 2, ::7, 3].size
+
+
+def test_a_counter_for_each_array_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        update_all([Counter()], [])
 
 
 def test_a_single_number_is_an_array_too() -> None:

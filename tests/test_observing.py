@@ -15,7 +15,7 @@ from test_observations import assert_same, cut, rich
 
 from calib.arrays import Batch
 from calib.capture import Runtime, Session, Values
-from calib.counter import Counter
+from calib.counter import Counter, update_all
 from calib.data import Reading, open_data
 from calib.errors import DataError, ModelError
 from calib.graph import Model, load_model
@@ -46,7 +46,7 @@ def living() -> list[str]:
 @pytest.fixture
 def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Running and counting take their time, differently each time."""
-    rng, run, update = np.random.default_rng(1), Session.run, Counter.update
+    rng, run, update = np.random.default_rng(1), Session.run, update_all
 
     def slow_run(session: Session, feed: Feed, restart: bool = False) -> Values:
         time.sleep(rng.uniform(0, 0.006))
@@ -54,18 +54,23 @@ def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(rng.uniform(0, 0.002))
         return found
 
-    def slow_update(counter: Counter, values: Array) -> None:
+    def slow_update(counters: list[Counter], arrays: list[Array]) -> None:
         time.sleep(rng.uniform(0, 0.003))
-        half = values.size // 2  # in two goes, so that another thread could come between
-        update(counter, values.reshape(-1)[:half])
-        time.sleep(rng.uniform(0, 0.001))
-        update(counter, values.reshape(-1)[half:])
+        flat = [array.reshape(-1) for array in arrays]
+        update(counters, [each[: each.size // 2] for each in flat])
+        time.sleep(rng.uniform(0, 0.001))  # so that another thread could come between
+        update(counters, [each[each.size // 2 :] for each in flat])
 
     monkeypatch.setattr(Session, "run", slow_run)
-    monkeypatch.setattr(Counter, "update", slow_update)
+    monkeypatch.setattr("calib.observing.update_all", slow_update)
 
 
-@pytest.mark.usefixtures("delayed")
+@pytest.fixture(params=[1, 8], ids="groups of {}".format)
+def grouped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calib.observing._GROUP", request.param)
+
+
+@pytest.mark.usefixtures("delayed", "grouped")
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("keep_batches", [0, 3])
 @pytest.mark.parametrize("single", [False, True], ids=["batches", "single samples"])
@@ -127,10 +132,10 @@ def test_what_fails_in_a_thread_ends_the_run_at_once_and_names_the_tensor(
             pulled += 1
             yield from cut(rich(), [])
 
-    def fail(_counter: Counter, _values: Array) -> None:
+    def fail(_counters: list[Counter], _arrays: list[Array]) -> None:
         raise IndexError("broken\nin two lines")
 
-    monkeypatch.setattr(Counter, "update", fail)
+    monkeypatch.setattr("calib.observing.update_all", fail)
     with pytest.raises(ModelError) as error:
         observe(load("gemm_activation"), endless(), ["hidden"], Observing())
     assert str(error.value) == "activation 'hidden' cannot be counted: broken in two lines"
@@ -141,10 +146,10 @@ def test_what_fails_in_a_thread_ends_the_run_at_once_and_names_the_tensor(
 def test_running_out_of_memory_in_a_thread_stays_what_it_is(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_counter: Counter, _values: Array) -> None:
+    def fail(_counters: list[Counter], _arrays: list[Array]) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Counter, "update", fail)
+    monkeypatch.setattr("calib.observing.update_all", fail)
     with pytest.raises(MemoryError):
         observe(load("gemm_activation"), cut(rich(), [5]), ["hidden"], Observing())
 
