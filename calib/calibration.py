@@ -17,7 +17,7 @@ from calib.granularity import PerTensor, pieces, to_groups
 from calib.graph import Model, Skipped
 from calib.making import maker
 from calib.observations import Observations
-from calib.planning import Plan, TensorSpec
+from calib.planning import Plan
 from calib.register import Job, Register, Rows, Tensor
 from calib.rules import Rules
 from calib.stacking import (
@@ -35,6 +35,7 @@ _MOST = 1 << 20  # values of weights at a time; a value takes 40 bytes meanwhile
 _FIRST = 1 << 19  # fewer at first, so that there is something to do for every core
 _COUNTERS = 24  # of activations at a time
 _LIKE_A_COUNTER = 1 << 13  # values that take about as long
+_LITTLE = 1 << 16  # values that take less time than a stack of their own does
 
 _record_of = maker(TensorRecord)
 
@@ -124,15 +125,20 @@ def _answer(model: Model, register: Register) -> None:
 
 
 def _answer_stacked(model: Model, register: Register, tensors: Sequence[Tensor]) -> None:
-    stacks = sorted(
-        register.stacks(tensors), key=_work, reverse=True
-    )  # no core waits for a long one
+    # No core waits for a long one.
+    stacks = sorted(register.stacks(tensors, partial(_is_little, model)), key=_work, reverse=True)
     for built_in, share in ((True, spread), (False, one_by_one)):
         chosen = (stack for stack, ours in stacks if ours == built_in)
         portions = (portion for stack in chosen for portion in _portions(model, stack))
         for owners, answers in share(lambda portion: (portion[0], portion[1]()), portions):
             for owner, part in zip(owners, answers, strict=True):
-                owner.parts.append(part)
+                owner.hear(part)
+
+
+def _is_little(model: Model, stack: list[Tensor]) -> bool:
+    if stack[0].counter is None:
+        return sum(model.weight_size(tensor.name) for tensor in stack) <= _LITTLE
+    return len(stack) * _LIKE_A_COUNTER <= _LITTLE
 
 
 def _work(stack: tuple[list[Tensor], bool]) -> int:
@@ -188,21 +194,30 @@ def _table(model: Model, observations: Observations, job: Job, rows: Rows) -> Ca
     table = CalibrationTable(
         model.sha256,
         observations.n_samples,
-        tuple([_record(model, *row) for row in rows if not row[1].empty]),
+        tuple(_records(model, rows)),
         (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec, t, _ in rows if t.empty)),
         target=job.rules.target,
     )
     return fit_biases(model, table) if TARGETS[table.target].bias == "int32" else table
 
 
-def _record(model: Model, spec: TensorSpec, tensor: Tensor, number: int) -> TensorRecord:
-    fields, notes = tensor.facts[number]
-    record = _record_of(spec, *fields, (*spec.notes, *notes) if spec.notes else notes)
-    if spec.grid in ("symmetric", "signed"):
-        return record
-    counter = tensor.counter or Counter.of(model.weight(spec.name))
+def _records(model: Model, rows: Rows) -> Iterator[TensorRecord]:
+    for spec, tensor, number in rows:
+        if tensor.empty:
+            continue
+        fields, notes = tensor.facts[number]
+        record = _record_of(spec, *fields, (*spec.notes, *notes) if spec.notes else notes)
+        if spec.grid not in ("symmetric", "signed"):
+            record = _with_zero_point(model, record, tensor, number)
+        yield record
+
+
+def _with_zero_point(
+    model: Model, record: TensorRecord, tensor: Tensor, number: int
+) -> TensorRecord:
+    counter = tensor.counter or Counter.of(model.weight(record.name))
     try:
         calibrator = tensor.questions[number].calibrator
         return with_zero_point(record, calibrator, counter, tensor.batches or ())
     except CalibratorError as error:
-        raise CalibratorError(f"{spec.name!r}: {error}") from error
+        raise CalibratorError(f"{record.name!r}: {error}") from error

@@ -48,14 +48,17 @@ class Cells:
         prepare = _prepared if compiled.enabled() else _plainly_prepared
         self._bins, self._squares, self._tables = prepare(cells, starts)
 
-    def squared_error(self, step: Floats, levels: tuple[int, int]) -> Floats:
+    def squared_error(self, step: Floats, levels: Starts) -> Floats:
         """The sum of squared errors ``(P, G)`` of grids with ``step`` ``(P, G)`` and so many
-        ``levels`` above and below 0."""
+        ``levels`` ``(P, 2)`` above and below 0."""
         if compiled.enabled():
             gain = _gains(self._bins, self._tables, step, levels)
         else:
-            groups = np.tile(np.arange(step.shape[1]), step.shape[0])
-            gain = self._plain_gain(groups, step.ravel(), levels).reshape(step.shape)
+            gain = np.empty(step.shape)
+            for sides in set(map(tuple, levels.tolist())):
+                rows = np.flatnonzero((levels == sides).all(axis=1))
+                groups, own = np.tile(np.arange(step.shape[1]), rows.size), step[rows]
+                gain[rows] = self._plain_gain(groups, own.ravel(), sides).reshape(own.shape)
         return np.asarray(np.maximum(self._total - gain, 0))
 
     def least(self, step: Floats, grid: tuple[int, tuple[int, int]], count: Floats) -> Starts:
@@ -245,12 +248,13 @@ def _codes(magnitudes: Floats) -> Starts:
 
 
 @kernel()
-def _gains(bins: Floats, tables: Tables, steps: Floats, levels: tuple[int, int]) -> Floats:
+def _gains(bins: Floats, tables: Tables, steps: Floats, levels: Starts) -> Floats:
     gain = np.zeros(steps.shape)
     for side in range(tables[0].size - 1):
         for index in range(steps.shape[0]):
             step = steps[index, side // 2]
-            gain[index, side // 2] += _side_gain(bins, tables, side, step, levels[side % 2])
+            n = levels[index, side % 2]
+            gain[index, side // 2] += _side_gain(bins, tables, side, step, n)
     return gain
 
 

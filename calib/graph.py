@@ -117,6 +117,12 @@ class Model:
         tensor.release()
         return array
 
+    def weight_size(self, name: str) -> int:
+        """How many values the initializer ``name`` has; none is read."""
+        tensor = self.ir.graph.initializers[name].const_value
+        assert tensor is not None
+        return int(tensor.size)
+
 
 def load_model(path: str | Path, feedback: Mapping[str, str] | None = None) -> Model:
     """The model at ``path``, checked and prepared.

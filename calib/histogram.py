@@ -3,6 +3,7 @@ counted (activations)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -100,9 +101,14 @@ class Histogram:
         if qtype.bits > HISTOGRAM_BITS:
             return self.modelled_mse(np.asarray(t, np.float64), qtype)
         thresholds = np.asarray(t, np.float64).reshape(-1, self.groups)
-        step = scale_from_threshold(thresholds, qtype).astype(np.float64)
-        errors = self._cells.squared_error(step, (qtype.qmax, -qtype.qmin)) / self.count()
+        steps = scale_from_threshold(thresholds, qtype)
+        errors = self.squared_errors(steps, [qtype] * len(steps)) / self.count()
         return or_mean_square(self, thresholds, errors).reshape(np.shape(t))
+
+    def squared_errors(self, steps: NDArray[np.float32], qtypes: Sequence[QuantType]) -> Floats:
+        """As `Samples.squared_errors`, for at most 8 bits."""
+        levels = np.array([(each.qmax, -each.qmin) for each in qtypes], np.int64)
+        return self._cells.squared_error(steps.astype(np.float64), levels)
 
     def snap(self, t: Floats) -> Floats:
         """``t``, or the exact maximum where ``t`` lies in the top bin, too coarse to tell."""

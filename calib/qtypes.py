@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from calib.errors import OptionError
@@ -138,3 +139,11 @@ class QuantType:
 
     def __str__(self) -> str:
         return f"{'int' if self.signed else 'uint'}{self.bits}"
+
+
+def places(qtypes: Iterable[QuantType]) -> dict[QuantType, list[int]]:
+    """Where each grid stands among ``qtypes``."""
+    found: dict[QuantType, list[int]] = {}
+    for place, qtype in enumerate(qtypes):
+        found.setdefault(qtype, []).append(place)
+    return found

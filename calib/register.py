@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -46,6 +46,7 @@ class Tensor:
         fewer: a note where these are fewer than were asked for.
         numbers: of the questions, by the identity of the calibrator and the width.
         questions: the same, in their order; one list for all tensors of a stack.
+        places: of these among those of its stack, where that is asked more.
         parts: answers to all of them, on each part.
     """
 
@@ -59,7 +60,12 @@ class Tensor:
         self.fewer: tuple[str, ...] = ()
         self.numbers: dict[tuple[int, int, bool], int] = {}
         self.questions: Sequence[Asked] = ()
+        self.places: list[int] | None = None
         self.parts: list[Answers] = []
+
+    def hear(self, part: Answers) -> None:
+        """Notes what its stack was answered on a part of it."""
+        self.parts.append(part if self.places is None else part.some(self.places))
 
     @cached_property
     def facts(self) -> list[Fact]:
@@ -96,6 +102,25 @@ def _grid(bits: int, signed: bool, narrow: bool) -> QuantType:
 
 
 Rows = list[tuple[TensorSpec, Tensor, int]]
+_Questions = tuple[tuple[int, int, bool], ...]
+_Stacks = dict[tuple[_Questions, tuple[Hashable, ...]], list[Tensor]]
+
+
+def _joined(stacks: _Stacks, is_little: Callable[[list[Tensor]], bool]) -> _Stacks:
+    """``stacks``, of which little ones are part of others of their kind that are asked more."""
+    joined: _Stacks = {}
+    for (asked, kind), stack in sorted(stacks.items(), key=lambda item: -len(item[0][0])):
+        *_, alone = kind
+        more = (
+            other
+            for (wanted, theirs), other in joined.items()
+            if alone is None and theirs == kind and {*asked} < {*wanted}
+        )
+        if (other := next(more, None)) is not None and is_little(stack):
+            other += stack
+        else:
+            joined[asked, kind] = stack
+    return joined
 
 
 class Register:
@@ -132,28 +157,33 @@ class Register:
             rows.append((spec, tensor, tensor.numbers.setdefault(question, len(tensor.numbers))))
         return rows
 
-    def stacks(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], bool]]:
+    def stacks(
+        self, tensors: Sequence[Tensor], is_little: Callable[[list[Tensor]], bool]
+    ) -> Iterator[tuple[list[Tensor], bool]]:
         """Tensors that can be dealt with together, and whether by calibrators of ours alone; a
-        third party's see one tensor at a time."""
+        third party's see one tensor at a time. What ``is_little`` goes along with a stack that is
+        asked more: the first and the last layer, often at 8 bits, with the others."""
         foreign = {n for n, c in enumerate(self.calibrators) if not is_built_in(c)}
-        found: dict[Hashable, list[Tensor]] = {}
-        ours: dict[Hashable, bool] = {}
+        found: _Stacks = {}
+        ours: dict[_Questions, bool] = {}
         for tensor in tensors:
             asked = tuple(tensor.numbers)
             if asked not in ours:
                 ours[asked] = foreign.isdisjoint(identity for identity, *_ in asked)
             alone = None if tensor.batches is None and ours[asked] else id(tensor)
-            kind = tensor.counter is None, tensor.narrow, tensor.signed
-            key = asked, tensor.dtype, kind, alone
-            found.setdefault(key, []).append(tensor)
-        for stack in found.values():
-            first, asked = stack[0], tuple(stack[0].numbers)
+            kind = tensor.dtype, tensor.counter is None, tensor.narrow, tensor.signed, alone
+            found.setdefault((asked, kind), []).append(tensor)
+        for (asked, _), stack in _joined(found, is_little).items():
+            first, number = stack[0], {question: n for n, question in enumerate(asked)}
             questions = [
                 Asked(self.calibrators[n], _grid(bits, first.signed or signed, first.narrow))
                 for n, bits, signed in asked
             ]
             for tensor in stack:
-                tensor.questions = questions
+                tensor.questions, tensor.places = questions, None
+                if len(tensor.numbers) < len(asked):
+                    tensor.places = [number[question] for question in tensor.numbers]
+                    tensor.questions = [questions[place] for place in tensor.places]
             yield stack, ours[asked]
 
     def _identity(self, calibrator: Calibrator) -> int:

@@ -60,14 +60,16 @@ def squared_errors(
         values: ``(N,)``, the groups behind one another.
         starts: where they begin, ``(G + 1,)``.
         steps: of the grids, ``(P, G)``.
-        levels: the lowest and the highest integer of the grid.
+        levels: the lowest and the highest integer of each grid, ``(P, 2)``.
         unit: see `units`, ``(G,)``.
     """
     errors = np.empty(steps.shape)
     for group in range(unit.size):
         for index in range(steps.shape[0]):
-            step, known = steps[index, group], 0
-            while steps[known, group] != step:
+            step, (low, high), known = steps[index, group], levels[index], 0
+            while (
+                steps[known, group] != step or levels[known, 0] != low or levels[known, 1] != high
+            ):
                 known += 1
             if known < index:  # several methods often agree on the maximum
                 errors[index, group] = errors[known, group]
@@ -75,7 +77,7 @@ def squared_errors(
             total = 0.0
             for at in range(starts[group], starts[group + 1], 4096):
                 row = values[at : min(at + 4096, starts[group + 1])]
-                total += float(_error(row, step, levels[0], levels[1], unit[group]))
+                total += float(_error(row, step, low, high, unit[group]))
             errors[index, group] = total / np.float64(unit[group]) ** 2
     return errors
 

@@ -14,7 +14,7 @@ from calib.granularity import PerChannel
 from calib.magnitudes import Singles, moments, plain_squared_errors, units
 from calib.ordered import Ordered
 from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep, usual_noises
-from calib.qtypes import QuantType
+from calib.qtypes import QuantType, places
 from calib.quantize import fake_quantize, scale_from_threshold
 from calib.ranked import Floats, Ranked, joined, starts_of
 from calib.rounding import seek, squared_errors
@@ -166,13 +166,23 @@ class Samples:
     def mse(self, t: Floats, qtype: QuantType) -> Floats:
         thresholds = np.asarray(t, np.float64).reshape(-1, self.groups)
         steps = scale_from_threshold(thresholds, qtype)
-        levels = np.array([qtype.qmin, qtype.qmax], np.float32)
-        if self._fast(qtype):
-            unit = units(self._moments[0])
-            errors = squared_errors(self._flat, self._starts, steps, levels, unit)
-        else:
-            errors = self._squared_errors(steps, qtype)
+        errors = self.squared_errors(steps, [qtype] * len(steps))
         return or_mean_square(self, thresholds, errors / self.count()).reshape(np.shape(t))
+
+    def squared_errors(self, steps: Singles, qtypes: Sequence[QuantType]) -> Floats:
+        """The sums of squared errors on grids with ``steps`` and of ``qtypes``, ``(P, G)``.
+
+        Args:
+            steps: ``(P, G)``.
+            qtypes: P of them.
+        """
+        if all(map(self._fast, qtypes)):
+            levels = np.array([(each.qmin, each.qmax) for each in qtypes], np.float32)
+            return squared_errors(self._flat, self._starts, steps, levels, units(self._moments[0]))
+        errors = np.empty(steps.shape)
+        for qtype, rows in places(qtypes).items():
+            errors[rows] = self._squared_errors(steps[rows], qtype)
+        return errors
 
     def _squared_errors(self, steps: Singles, qtype: QuantType) -> Floats:
         """As the kernel; only where no method and no sweep led to the same step."""

@@ -23,7 +23,7 @@ from calib.calibrators.mse import Mse
 from calib.compiled import enabled
 from calib.counter import Counter
 from calib.distribution import HISTOGRAM_BITS, Distribution, Floats, Histogram, Samples
-from calib.qtypes import QuantType
+from calib.qtypes import QuantType, places
 from calib.quantize import scale_from_threshold
 
 _MOST_WORKERS = 4  # each has memory of its own
@@ -65,6 +65,17 @@ class Answers:
     count: int
     signal: float
     more: Sequence[tuple[str, ...]] = ()
+
+    def some(self, places: Sequence[int]) -> Answers:
+        """Those to the questions at ``places``."""
+        return replace(
+            self,
+            threshold=self.threshold[places],
+            scale=self.scale[places],
+            mended=self.mended[places],
+            noise=self.noise[places],
+            more=[self.more[place] for place in places] if self.more else (),
+        )
 
     @cached_property
     def notes(self) -> list[tuple[str, ...]]:
@@ -140,7 +151,7 @@ def _asked(dist: Distribution, each: Asked) -> tuple[Floats, Flags]:
 
 
 def _measured(
-    dist: Distribution,
+    dist: Samples | Histogram,
     groups: Sequence[int],
     asked: Sequence[Asked],
     found: Sequence[tuple[Floats, Flags]],
@@ -150,14 +161,7 @@ def _measured(
     tensor, and so on."""
     threshold, mended = (np.stack(part) for part in zip(*found, strict=True))
     count, largest = dist.count(), dist.max_abs()
-    scale, noise = np.empty(threshold.shape, np.float32), np.empty(threshold.shape)
-    of_grid: dict[QuantType, list[int]] = {}
-    for row, each in enumerate(asked):
-        of_grid.setdefault(each.qtype, []).append(row)
-    for qtype, rows in of_grid.items():
-        chosen = threshold[rows]
-        scale[rows] = scale_from_threshold(chosen, qtype, dtype)
-        noise[rows] = dist.mse(chosen, qtype) * count
+    scale, noise = _scales_and_noises(dist, threshold, [each.qtype for each in asked], dtype)
     ends = np.cumsum(np.asarray(groups, np.intp))
     starts = ends - np.asarray(groups, np.intp)
     noise = np.add.reduceat(noise, starts, axis=1)
@@ -177,6 +181,27 @@ def _measured(
         )
         for tensor, part in enumerate(parts)
     ]
+
+
+def _scales_and_noises(
+    dist: Samples | Histogram, threshold: Floats, qtypes: Sequence[QuantType], dtype: str
+) -> tuple[NDArray[np.float32], Floats]:
+    """The scales in ``dtype`` and the sums of squared errors, ``(A, G)``, of every ``threshold`` on
+    its grid; the errors are those of scales in float32."""
+    scale, noise = np.empty(threshold.shape, np.float32), np.empty(threshold.shape)
+    steps, narrow = scale if dtype == "float32" else scale.copy(), list[int]()
+    for qtype, rows in places(qtypes).items():
+        chosen = threshold[rows]
+        scale[rows] = scale_from_threshold(chosen, qtype, dtype)
+        if qtype.bits > HISTOGRAM_BITS:
+            noise[rows] = dist.mse(chosen, qtype) * dist.count()
+            continue
+        if steps is not scale:
+            steps[rows] = scale_from_threshold(chosen, qtype)
+        narrow += rows
+    if narrow:
+        noise[narrow] = dist.squared_errors(steps[narrow], [qtypes[row] for row in narrow])
+    return scale, noise
 
 
 def one_by_one(

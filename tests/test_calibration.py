@@ -30,6 +30,7 @@ from calib.observing import Observing, observe
 from calib.planning import make_plan
 from calib.qtypes import QuantType
 from calib.quantize import fake_quantize
+from calib.register import Register
 from calib.rules import Reduction, Rules, Widths
 from calib.table import CalibrationTable, TensorRecord
 
@@ -303,6 +304,30 @@ def test_many_tables_at_once_are_those_of_each_alone(load: Load, reduction: Redu
     for (plan, rules), table in zip(jobs, together, strict=True):
         alone = calibrate(model, seen, plan, rules)
         assert json.dumps(table.to_json()) == json.dumps(alone.to_json())
+
+
+@pytest.mark.parametrize("reduction", [Reduction(), Reduction("mean", 2)])
+def test_what_is_little_and_asked_less_goes_along_with_more_and_is_answered_the_same(
+    reduction: Reduction, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("conv_bias")  # of its three layers, the first and the last have 8 bits
+    some = (Rules(Widths(b, b), m, reduction=reduction) for m in METHODS for b in (3, 8))
+    jobs = [(make_plan(model, rules), rules) for rules in some]
+    feeds = [Batch({"image": values(4, 3, 6, 6, seed=seed)}) for seed in range(3)]
+    seen = observe(model, feeds, jobs[0][0].activations, Observing(reduction.kept_batches))
+    found, stacks, made = [], list[list[int]](), Register.stacks
+
+    def noted(register: Register, *given: Any) -> Any:
+        stacks.append([len(stack) for stack, _ in made(register, *given)])
+        return made(register, *given)
+
+    monkeypatch.setattr(Register, "stacks", noted)
+    for little in (0, 1 << 16):
+        monkeypatch.setattr("calib.calibration._LITTLE", little)
+        found.append([table.to_json() for table in calibrate_each(model, seen, jobs)])
+    assert json.dumps(found[0]) == json.dumps(found[1])
+    assert sum(stacks[0]) == sum(stacks[1])
+    assert len(stacks[0]) > len(stacks[1])
 
 
 def test_of_many_tables_the_one_that_fails_names_the_tensor(load: Load) -> None:
