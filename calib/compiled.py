@@ -65,7 +65,7 @@ class Kernel(Generic[P, R]):
         for name in source.__code__.co_names:
             if isinstance(called := known.get(name), Kernel):
                 known[name] = called._compiled
-            elif called in _INTRINSICS:
+            elif isinstance(called, FunctionType) and called in _INTRINSICS:
                 known[name] = _INTRINSICS[called]()
         function = FunctionType(source.__code__, known, source.__name__, source.__defaults__)
         function.__qualname__, function.__module__ = source.__qualname__, source.__module__

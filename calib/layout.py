@@ -8,6 +8,7 @@ quicker: each block is then moved as it is, instead of being transposed.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -21,7 +22,8 @@ CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 def in_blocks(model: ir.Model) -> list[str]:
     """Names of those outputs ``(N, C, H, W)`` that lie in blocks of channels, and that all nodes
-    read like that; none where it is not known. If it is wrong, reading takes longer, no more."""
+    read like that; none where it is not known. They have four axes, as the weights of all Convs
+    behind them have; if they do not lie in blocks, reading takes longer, no more."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return []
     blocked, nodes = set[ir.Value | None](), set(model.graph)
@@ -58,10 +60,20 @@ def _is_in_blocks(conv: ir.Node) -> bool:
     return group == 1 and out_channels % _BLOCK == 0 and in_blocks
 
 
+def _names(graph: Any) -> Iterator[str]:
+    """All names of values, of bodies of nodes as well."""
+    yield from (value.name for value in (*graph.input, *graph.initializer))
+    for node in graph.node:
+        yield from node.output
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _names(body)
+
+
 def put_channels_last(proto: Any, names: list[str]) -> dict[str, str]:
     """Has outputs of an ONNX ModelProto ``(N, C, H, W)`` come as `CHANNELS_LAST`, under new names;
     answers which value each of these is."""
-    taken = {name for node in proto.graph.node for name in node.output}
+    taken = {*_names(proto.graph)}
     made = dict[str, str]()
     for output in proto.graph.output:
         if output.name not in names:

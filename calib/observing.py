@@ -269,6 +269,8 @@ class _Work:
             names, spoiled = list(values), dict[str, str]()
             with self.turn:
                 self._share(partial(self._update, values, mask, counted, spoiled))
+            for name in values:
+                raise ModelError(f"activation {name!r} cannot be counted: it is part of a list")
             for name in names:
                 if name in spoiled:
                     raise ModelError(
@@ -288,10 +290,11 @@ class _Work:
                     if not waiting:
                         return
                     free = (group for group in waiting if group.lock.acquire(blocking=False))
-                    if (group := next(free, None)) is None:
-                        group = waiting[0]
-                        group.lock.acquire()
+                    found = next(free, None)
+                    group = found or waiting[0]
                     waiting.remove(group)
+                if found is None:
+                    group.lock.acquire()
                 try:
                     update(group.names)
                 finally:
@@ -321,7 +324,7 @@ class _Work:
                 update_all([counters[name] for name in names], arrays)
         except (CalibError, MemoryError):
             raise
-        except Exception as error:  # in a thread, where nothing else would tell which it was
+        except Exception as error:  # in a thread, where nothing else would tell which they were
             what = "activation" if len(names) == 1 else "one of the activations"
             reason = f"cannot be counted: {one_line(error)}"
             raise ModelError(f"{what} {', '.join(map(repr, names))} {reason}") from error

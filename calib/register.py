@@ -45,9 +45,9 @@ class Tensor:
         batches: counters of single batches, where thresholds are the mean over them.
         fewer: a note where these are fewer than were asked for.
         numbers: of the questions, by the identity of the calibrator and the width.
-        questions: the same, in their order; one list for all tensors of a stack.
+        questions: the same, in their order; one list for all tensors that are asked the same.
         places: of these among those of its stack, where that is asked more.
-        parts: answers to all of them, on each part.
+        parts: answers to its own questions, on each part.
     """
 
     def __init__(self, spec: TensorSpec, counter: Counter | None, batches: list[Counter] | None):

@@ -189,3 +189,16 @@ def test_where_numba_is_told_not_to_compile_numpy_works() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.split() == ["False", "5"]
+
+
+_TABLE = np.arange(4.0)
+
+
+@compiled.kernel()
+def _looked_up(at: int) -> float:
+    return float(_TABLE[at])
+
+
+@needs_numba
+def test_a_kernel_may_read_an_array_of_its_module() -> None:
+    assert _looked_up(2) == 2.0

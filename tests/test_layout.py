@@ -100,17 +100,42 @@ def test_what_is_asked_for_as_it_is_comes_so(save: Save) -> None:
 
 
 @needs_blocks
-def test_a_name_that_is_taken_is_not_taken_again(save: Save) -> None:
-    text = NETWORK.replace("wider", "hidden_channels_last")
+@pytest.mark.parametrize("taken", ["wider", "given", "bias", "inside"])
+def test_a_name_that_is_taken_is_not_taken_again(taken: str, save: Save) -> None:
+    text = """(float[N,3,8,8] image, float[1] given) => (float[N,16,8,8] last, float[1] other)
+    <float[16,3,3,3] a, float[32,16,3,3] b, float[16,32,1,1] c, float[1] bias> {
+      hidden = Conv<pads=[1,1,1,1]>(image, a)
+      wider = Conv<pads=[1,1,1,1]>(hidden, b)
+      last = Conv(wider, c)
+      all = Add(given, bias)
+      positive = Greater(all, bias)
+      other = If(positive) <
+        then_branch = yes () => (float[1] result) { inside = Abs(all)
+          result = Neg(inside) },
+        else_branch = no () => (float[1] same) { same = Identity(all) }
+      >
+    }"""
     made = parsed(text)
-    for node in made.graph.node:
-        for names in (node.input, node.output):
-            names[:] = [name.replace("_channels_last", ":channels_last") for name in names]
+    rename(made.graph, taken, "hidden:channels_last")
     model, feed = load_model(save(made)), image(1, 3, 8, 8)
-    found = read(model, inner(model), feed, scattered=True)
+    feed[model.inputs[1].name] = np.ones(1, np.float32)
+    names = ["hidden", "last", "all", "other"]
+    found, plain = (read(model, names, feed, scattered=each) for each in (True, False))
     assert is_last(found["hidden"])
-    assert is_last(found["hidden:channels_last"])
-    assert found["hidden:channels_last"].shape == (1, 32, 8, 8)
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, plain[name], err_msg=name)
+
+
+def rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Calls a value otherwise."""
+    for value in (*graph.input, *graph.initializer):
+        value.name = new if value.name == old else value.name
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        node.output[:] = [new if name == old else name for name in node.output]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                rename(attribute.g, old, new)
 
 
 def optimized(model: Model, names: Sequence[str], folder: Path) -> Tally[str]:

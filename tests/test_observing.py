@@ -154,6 +154,16 @@ def test_running_out_of_memory_in_a_thread_stays_what_it_is(
         observe(load("gemm_activation"), cut(rich(), [5]), ["hidden"], Observing())
 
 
+def test_the_elements_of_a_list_are_not_left_out_in_silence(save: Save) -> None:
+    text = """(float[4] x) => (float[4] a, seq(float[2]) s) <int64 two = {2}> {
+      a = Relu(x)
+      s = SplitToSequence<axis=0>(x, two)
+    }"""
+    model, batch = load_model(save(parsed(text))), Batch({"x": np.ones(4, np.float32)})
+    with pytest.raises(ModelError, match=r"'s\[0\]' cannot be counted: it is part of a list"):
+        observe(model, [batch], ["a", "s"])
+
+
 def test_the_first_of_two_bad_batches_is_named_though_the_second_is_sooner(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
