@@ -20,8 +20,11 @@ from calib.counting import CACHED, MINUS_ZERO_CODE, N_CODES, Counted, count_each
 _PLAIN_CHUNK = 1 << 19  # longer ones take more memory and gain little
 _HIGH = slice(int(sys.byteorder == "little"), None, 2)  # of the halves of numbers of 32 bits
 _MANY = 1 << 16
+_LONG = 1 << 15  # from here on, a table twice as long pays
 _MINUS_ZERO = np.uint32(0x80000000)
-_ABOVE_BFLOAT16 = float(np.uint32(0x7F7F8000).view(np.float32))
+_HALF = np.uint32(0x8000)
+_ABOVE_BITS = np.uint32(0x7F7F8000)
+_ABOVE_BFLOAT16 = float(_ABOVE_BITS.view(np.float32))
 _LARGEST_BFLOAT16 = np.uint32(0x7F7F0000).view(np.float32)
 
 
@@ -62,7 +65,7 @@ class Counter:
     def _used(self) -> tuple[slice, slice]:
         """Codes up to those of the extremes, positive and negative: behind them, nothing is."""
         bounds = np.abs(np.clip([self.max, -self.min], 0, _LARGEST_BFLOAT16).astype(np.float32))
-        largest, lowest = (bounds.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
+        largest, lowest = (bounds.view(np.uint32) + _HALF) >> np.uint32(16)
         return slice(0, int(largest) + 1), slice(MINUS_ZERO_CODE, MINUS_ZERO_CODE + int(lowest) + 1)
 
     @property
@@ -101,6 +104,26 @@ class Counter:
             (counted,) = count_each([flat[done:]], [self.counts])
 
     def _update(self, chunk: NDArray[np.float32]) -> None:
+        bits = chunk.view(np.uint32)
+        if (top := bits.max()) < _ABOVE_BITS:
+            self._update_positive(bits, top)
+        else:
+            self._update_any(chunk)
+
+    def _update_positive(self, bits: NDArray[np.uint32], top: np.uint32) -> None:
+        """Counts values that are not negative, nor -0, of which ``top`` are the largest bits."""
+        n_zero = bits.size - int(np.count_nonzero(bits))
+        self.n_zero += n_zero
+        least = np.uint32(0) if n_zero else bits.min()
+        self.min = min(self.min, float(least.view(np.float32)))
+        self.max = max(self.max, float(top.view(np.float32)))
+        if bits.size < _LONG:
+            counts = np.bincount((bits + _HALF).view(np.uint16)[_HIGH])
+        else:
+            counts = _of_pairs(bits, ((int(top) + int(_HALF)) >> 16) + 1)
+        self.counts[: counts.size] += counts
+
+    def _update_any(self, chunk: NDArray[np.float32]) -> None:
         low, high = chunk.min(), chunk.max()
         if not (np.isfinite(low) and np.isfinite(high)):
             nan = np.isnan(chunk)
@@ -116,7 +139,7 @@ class Counter:
         if max(-float(low), float(high)) >= _ABOVE_BFLOAT16:
             chunk = np.clip(chunk, -_LARGEST_BFLOAT16, _LARGEST_BFLOAT16)
         bits = chunk.view(np.uint32)
-        counts = np.bincount((bits + np.uint32(0x8000)).view(np.uint16)[_HIGH])
+        counts = np.bincount((bits + _HALF).view(np.uint16)[_HIGH])
         self.counts[: counts.size] += counts
         if counts[0]:
             self.n_zero += chunk.size - int(np.count_nonzero(bits))
@@ -140,7 +163,7 @@ class Counter:
         if values.size:
             self.min = min(self.min, float(values.min()))
             self.max = max(self.max, float(values.max()))
-            codes = (values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
+            codes = (values.view(np.uint32) + _HALF) >> np.uint32(16)
             np.add.at(self.counts, codes, times)
 
     def merge(self, other: Counter) -> None:
@@ -152,6 +175,18 @@ class Counter:
         self.n_zero += other.n_zero
         self.n_nan += other.n_nan
         self.n_inf += other.n_inf
+
+
+def _of_pairs(bits: NDArray[np.uint32], n_codes: int) -> NDArray[np.int64]:
+    """How often each of ``n_codes`` is there. Every other value has a table of its own: many are
+    zero, and equal codes wait for each other."""
+    pairs = bits[: bits.size // 2 * 2].view(np.uint64)
+    offset = np.uint64(0x800000008000 + (n_codes << 48))
+    counts = np.bincount((pairs + offset).view(np.uint16)[_HIGH], minlength=n_codes)
+    counts[: counts.size - n_codes] += counts[n_codes:]
+    if bits.size % 2:
+        counts[(int(bits[-1]) + int(_HALF)) >> 16] += 1
+    return counts[:n_codes]
 
 
 def update_all(counters: Sequence[Counter], arrays: Sequence[NDArray[Any]]) -> None:

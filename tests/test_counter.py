@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from calib import compiled
 from calib.counter import Counter, update_all
 from calib.counting import N_CODES
 
@@ -248,6 +249,20 @@ def test_arrays_of_every_kind_and_length_are_counted_together() -> None:
             expected.update(value)
         assert everything(counter) == everything(expected), number
     assert together[2].n_nan == spoiled[1, 2, ::7, 3].size
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("n", [32767, 32768, 32769, 70001])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 3e37])
+@pytest.mark.parametrize("zeros", [0.0, 0.6, 1.0])
+def test_values_behind_a_relu_are_counted_as_one_by_one(
+    plain: bool, n: int, scale: float, zeros: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calib.counter.enabled", lambda: compiled.enabled() and not plain)
+    rng = np.random.default_rng(n)
+    values = np.abs(rng.standard_normal(n) * scale).astype(np.float32)
+    values[rng.random(n) < zeros] = 0
+    assert everything(counted(values)) == one_by_one(values)
 
 
 def test_a_counter_for_each_array_is_asked_for() -> None:
