@@ -83,8 +83,10 @@ class Counter:
             self._update_half(flat.view(np.uint16))
             return
         for start in range(0, flat.size, _PLAIN_CHUNK):
-            with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
-                chunk = np.require(flat[start : start + _PLAIN_CHUNK], np.float32, "A")
+            chunk = flat[start : start + _PLAIN_CHUNK]
+            if chunk.dtype != np.float32 or not chunk.flags.aligned:
+                with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
+                    chunk = np.require(chunk, np.float32, "A")
             if enabled():
                 self.update(chunk)
             else:
