@@ -16,8 +16,8 @@ import onnx_ir as ir
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
+from calib.channels import CHANNELS_FIRST, in_blocks, put_channels_last
 from calib.errors import CalibError, ModelError, OptionError, one_line
-from calib.layout import CHANNELS_FIRST, in_blocks, put_channels_last
 from calib.parts import copy_for, part_for, shareable, take_out
 
 Values = dict[str, NDArray[Any]]

@@ -206,8 +206,8 @@ class _Work:
         size: of a batch, how many samples to run at a time; None for all of it.
         n_threads: that count a part.
         groups: of all activations.
-        turn: is held while a part is counted; NumPy does most of that under the interpreter's lock,
-            and streams that do it by turns wait less for each other.
+        turn: is held while a part is counted; NumPy lets go of the interpreter's lock too
+            briefly to gain from two cores, and streams that count by turns wait less.
     """
 
     sessions: tuple[Session, ...]

@@ -16,8 +16,8 @@ from conftest import Save
 from models import Array, parsed
 
 from calib.capture import Runtime, Session, Values
+from calib.channels import CHANNELS_LAST, in_blocks, put_channels_last
 from calib.graph import Model, load_model
-from calib.layout import CHANNELS_LAST, in_blocks, put_channels_last
 from calib.parts import part_for
 from calib.planning import make_plan
 from calib.rules import Rules
