@@ -319,11 +319,9 @@ def _source(
         return _Source(str(path))
     if folders:
         options.add_session_config_entry(_FOLDER_OF_EXTERNAL_DATA, folders.pop() or ".")
-    weights = {
-        name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in take_out(part, shared)
-    }
+    proto, arrays = take_out(part, shared)
+    weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
-    proto = ir.to_proto(part)
     moved = put_channels_last(proto, in_blocks(part)) if scattered else {}
     return _Source(bytes(proto.SerializeToString()), weights, moved)

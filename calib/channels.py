@@ -17,6 +17,7 @@ _BLOCK = 16
 _FEW = 8  # channels that are read as they lie, such as those of images
 _BINARY = ("Add", "Sum")
 _UNARY = ("Relu", "MaxPool", "AveragePool")
+_BODIES = (ir.AttributeType.GRAPH.value, ir.AttributeType.GRAPHS.value)
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -66,8 +67,9 @@ def _names(graph: Any) -> Iterator[str]:
     for node in graph.node:
         yield from node.output
         for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from _names(body)
+            if attribute.type in _BODIES:
+                for body in (attribute.g, *attribute.graphs):
+                    yield from _names(body)
 
 
 def put_channels_last(proto: Any, names: list[str]) -> dict[str, str]:

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.compiled import enabled
-from calib.counting import CACHED, MINUS_ZERO_CODE, N_CODES, Counted, count_each, tally
+from calib.counting import (
+    CACHED,
+    MINUS_ZERO_CODE,
+    N_CODES,
+    Counted,
+    bins_of,
+    count_each,
+    tally,
+)
 
 _PLAIN_CHUNK = 1 << 19  # longer ones take more memory and gain little
 _HIGH = slice(int(sys.byteorder == "little"), None, 2)  # of the halves of numbers of 32 bits
@@ -205,3 +213,18 @@ def update_all(counters: Sequence[Counter], arrays: Sequence[NDArray[Any]]) -> N
         found = count_each(flat, [counter.counts for counter in own])
         for counter, array, counted in zip(own, flat, found, strict=True):
             counter._add(array, counted)
+
+
+def all_bins(
+    counters: Sequence[Counter],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The codes that each of K ``counters`` has counted, positive and then negative ones, how often
+    each, int64 ``(N,)``, and where each of these sides begins and ends, ``(2K + 1,)``."""
+    if enabled():
+        extremes = np.array([[counter.min, counter.max] for counter in counters])
+        return bins_of([counter.counts for counter in counters], extremes)
+    bins = [counter.bins() for counter in counters]
+    ends = [(codes.searchsorted(MINUS_ZERO_CODE), codes.size) for codes, _ in bins]
+    lengths = [n for first, both in ends for n in (first, both - first)]
+    codes, counts = (np.concatenate(part) for part in zip(*bins, strict=True))
+    return codes, counts, np.cumsum([0, *lengths])

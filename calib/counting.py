@@ -17,6 +17,7 @@ CACHED = 1 << 12
 _CHUNK = 63 * CACHED  # a lane counts a quarter of them, up to 65,535
 _AHEAD = 1 << 11  # bytes; found best
 _TOGETHER = 1 << 8
+_LARGEST_BFLOAT16 = float(np.uint32(0x7F7F0000).view(np.float32))
 
 # How many of the values were counted, the least and the largest of these, and how many are zero.
 Counted = tuple[int, float, float, int]
@@ -41,6 +42,19 @@ def count_each(
     found = np.empty((len(arrays), 4))
     _count_each(np.array(places, np.int64), _LOCAL.lanes, found)
     return [(int(n), least, most, int(n_zero)) for n, least, most, n_zero in found.tolist()]
+
+
+def bins_of(
+    counts: Sequence[NDArray[np.int64]], extremes: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The codes of which ``counts`` hold something, the positive and then the negative ones of
+    each, how often each occurs, both ``(N,)``, and where these sides begin and end, ``(2K + 1,)``.
+
+    Args:
+        counts: K of them, int64 ``(65536,)`` each.
+        extremes: the least and the largest value counted in each, ``(K, 2)``.
+    """
+    return _bins_of(np.array([_address(own) for own in counts], np.int64), extremes)
 
 
 def _address(array: NDArray[Any]) -> int:
@@ -216,6 +230,42 @@ def _zeros(bits: NDArray[np.uint32]) -> int:
         magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
         zeros = np.uint32(zeros + (np.uint32(magnitude - np.uint32(1)) >> np.uint32(31)))
     return int(zeros)
+
+
+@kernel()
+def _bins_of(
+    places: NDArray[np.int64], extremes: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    starts = np.zeros(2 * places.size + 1, np.int64)
+    for side in range(starts.size - 1):
+        n = 0
+        own = _of_side(places, extremes, side)
+        for code in range(own.size):  # in this form, it is vectorized
+            n += own[code] != 0
+        starts[side + 1] = starts[side] + n
+    codes, times = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
+    for side in range(starts.size - 1):
+        own, at = _of_side(places, extremes, side), starts[side]
+        for start in range(0, own.size, _TOGETHER):
+            stop = min(start + _TOGETHER, own.size)
+            if _any(own[start:stop].view(np.uint64)):
+                for code in range(start, stop):
+                    if own[code]:
+                        codes[at], times[at] = code + side % 2 * MINUS_ZERO_CODE, own[code]
+                        at += 1
+    return codes, times, starts
+
+
+@kernel()
+def _of_side(
+    places: NDArray[np.int64], extremes: NDArray[np.float64], side: int
+) -> NDArray[np.int64]:
+    """The counts of codes of one sign up to the extreme one: behind it, nothing is."""
+    counts = words_at(places[side // 2], 2 * N_CODES).view(np.int64)
+    extreme = extremes[side // 2, 0] * -1.0 if side % 2 else extremes[side // 2, 1]
+    most = np.float32(min(max(extreme, 0.0), _LARGEST_BFLOAT16))
+    first = side % 2 * MINUS_ZERO_CODE
+    return counts[first : first + _code(most.view(np.uint32)) + 1]
 
 
 @kernel()

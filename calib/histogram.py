@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.cells import Cells
-from calib.counter import Counter
+from calib.counter import Counter, all_bins
 from calib.ordered import Ordered
 from calib.protocol import HISTOGRAM_BITS, Tail, or_mean_square, sweep, usual_noises
 from calib.qtypes import QuantType
 from calib.quantize import scale_from_threshold
 from calib.ranked import Floats, Ranked
 
-_MINUS_ZERO = 0x8000
 _LARGEST_CODE = 0x7F7F
 
 
@@ -31,14 +30,10 @@ class Histogram:
     def __init__(self, *counters: Counter):
         self._bounds = np.array([[counter.min, counter.max] for counter in counters])
         self._largest: Floats = np.abs(self._bounds).max(axis=1)
-        bins = [counter.bins() for counter in counters]
-        self._count = np.array([counts.sum() for _, counts in bins], np.float64)
-        self._codes = np.concatenate([codes for codes, _ in bins])
-        self._counts = np.concatenate([counts for _, counts in bins])
-        ends = [(codes.searchsorted(_MINUS_ZERO), codes.size) for codes, _ in bins]
-        lengths = [n for first, both in ends for n in (first, both - first)]
         # Of the sides of each group: first its positive values, then the others.
-        self._starts = np.cumsum([0, *lengths])
+        self._codes, self._counts, self._starts = all_bins(counters)
+        sums = np.concatenate([[0], np.cumsum(self._counts)])
+        self._count = np.diff(sums[self._starts[::2]]).astype(np.float64)
 
     @property
     def groups(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ from calib.prepare import inner_nodes, remove_unused, sources
 
 _SHARED_BYTES = 1 << 10
 _NO_FILE = "in-memory"
+_EXTERNAL = 1  # of TensorProto.DataLocation
 
 
 def part_for(model: ir.Model, names: Sequence[str] | None = None) -> ir.Model:
     """A view of ``model`` with the values ``names`` as its only outputs, and of nodes and
     initializers those that they need; without names, or if no node makes any of these, its own
-    outputs and all nodes. Initializers of the view can be replaced in it.
+    outputs and all nodes. Initializers of the view can be taken out of it.
     """
     graph = model.graph
     nodes, outputs = list(graph), list(graph.outputs)
@@ -68,18 +69,27 @@ def shareable(part: ir.Model) -> list[ir.Value]:
     return [value for value in part.graph.initializers.values() if _is_shareable(value)]
 
 
-def take_out(part: ir.Model, constants: Sequence[ir.Value]) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Names and arrays of ``constants``, which are said to lie elsewhere from then on."""
-    for value in constants:
-        name, tensor = value.name, value.const_value
-        assert name is not None
-        assert tensor is not None
-        shape = ir.Shape(tensor.shape.numpy())
-        elsewhere = ir.ExternalTensor(
-            _NO_FILE, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
-        )
-        part.graph.initializers[name] = ir.Value(name=name, const_value=elsewhere)
-        yield name, np.ascontiguousarray(tensor.numpy())
+def take_out(part: ir.Model, constants: Sequence[ir.Value]) -> tuple[Any, dict[str, NDArray[Any]]]:
+    """An ONNX ModelProto of ``part`` that says of ``constants`` that they lie elsewhere, and their
+    arrays by name. Types are told of values alone: constants have their own."""
+    held, taken = [*part.graph.initializers.values()], set(constants)
+    part.graph.initializers.clear()
+    proto, arrays = ir.to_proto(part), dict[str, NDArray[Any]]()
+    for value in held:
+        if (tensor := value.const_value) is None:
+            continue
+        constant = proto.graph.initializer.add()
+        if value in taken:
+            array = np.ascontiguousarray(tensor.numpy())
+            arrays[str(value.name)] = array
+            constant.data_type, constant.data_location = tensor.dtype.value, _EXTERNAL
+            constant.dims.extend(array.shape)
+            for key, text in ("location", _NO_FILE), ("offset", "0"), ("length", str(array.nbytes)):
+                constant.external_data.add(key=key, value=text)
+        else:
+            ir.serde.serialize_tensor_into(constant, tensor)
+        constant.name = value.name
+    return proto, arrays
 
 
 def _is_shareable(value: ir.Value) -> bool:

@@ -23,6 +23,8 @@ class Streams:
         self._most = n * (1 + ahead)
         self._cancel = cancel
         self._threads = [ThreadPoolExecutor(1, "octav-calibrate") for _ in range(n)]
+        for thread in self._threads:  # one that works at once would keep the next from starting
+            thread.submit(int).result()
         self._under_way: deque[Future[None]] = deque()
         self._n_put = 0
         self._failed: float = math.inf
