@@ -17,11 +17,12 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from calib import compiled
-from calib.counter import Counter, update_all
+from calib.counter import Counter, all_bins, update_all
 from calib.counting import N_CODES
 
 Floats = NDArray[np.float32]
 
+needs_numba = pytest.mark.skipif(not compiled.enabled(), reason="numba is not installed")
 by_property = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LARGEST = float(np.finfo(np.float32).max)
 LARGEST_BFLOAT16 = float(np.uint32(0x7F7F0000).view(np.float32))
@@ -263,6 +264,36 @@ def test_values_behind_a_relu_are_counted_as_one_by_one(
     values = np.abs(rng.standard_normal(n) * scale).astype(np.float32)
     values[rng.random(n) < zeros] = 0
     assert everything(counted(values)) == one_by_one(values)
+
+
+@needs_numba
+def test_bins_of_many_counters_are_found_by_the_kernel_as_by_numpy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(3)
+    normal = rng.standard_normal(70_000).astype(np.float32)
+    arrays = (
+        normal,
+        np.maximum(normal, 0),
+        -np.abs(normal) - 1,
+        np.array([0.0, -0.0, 1e-42, -1e-42], np.float32),
+        np.array([LARGEST, -LARGEST, np.nan, np.inf], np.float32),
+        np.zeros(0, np.float32),
+        (normal.astype(np.float64) * 1e-30).astype(np.float32),
+    )
+    counters = [counted(array) for array in arrays]
+    codes, counts, starts = all_bins(counters)
+    monkeypatch.setattr("calib.counter.enabled", lambda: False)
+    for one, other in zip((codes, counts, starts), all_bins(counters), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for number, counter in enumerate(counters):
+        own = slice(starts[2 * number], starts[2 * number + 2])
+        found = np.zeros_like(counter.counts)
+        found[codes[own]] = counts[own]
+        np.testing.assert_array_equal(found, counter.counts)
+        assert (counts[own] > 0).all()
+        assert (codes[starts[2 * number] : starts[2 * number + 1]] < 0x8000).all()
+        assert (codes[starts[2 * number + 1] : own.stop] >= 0x8000).all()
 
 
 def test_a_counter_for_each_array_is_asked_for() -> None:

@@ -10,7 +10,7 @@ from conftest import Load, Save
 from models import MODELS, feed_for, parsed
 
 from calib.graph import Model, load_model
-from calib.parts import copy_for, part_for
+from calib.parts import copy_for, part_for, shareable, take_out
 
 
 def computed(model: ir.Model, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -82,3 +82,33 @@ def test_an_initializer_replaced_in_a_part_stays_in_the_model(load: Load) -> Non
     before = model.weight(name).copy()
     part.initializers[name] = ir.Value(name=name, const_value=ir.tensor(before * 2, name=name))
     np.testing.assert_array_equal(model.weight(name), before)
+
+
+def test_what_is_taken_out_of_a_part_is_said_to_lie_elsewhere_and_the_rest_stays(
+    load: Load,
+) -> None:
+    model = load("conv_bias")
+    before = ir.to_proto(model.ir).SerializeToString()
+    part = part_for(model.ir)
+    taken = shareable(part)[:1]
+    proto, arrays = take_out(part, taken)
+    assert list(arrays) == [value.name for value in taken]
+    constants = {constant.name: constant for constant in proto.graph.initializer}
+    assert set(constants) == set(model.ir.graph.initializers)
+    for name, constant in constants.items():
+        weight = model.ir.graph.initializers[name].const_value
+        assert weight is not None
+        assert (constant.data_type, list(constant.dims)) == (weight.dtype.value, list(weight.shape))
+        if name in arrays:
+            np.testing.assert_array_equal(arrays[name], weight.numpy())
+            assert {entry.key: entry.value for entry in constant.external_data} == {
+                "location": "in-memory",
+                "offset": "0",
+                "length": str(weight.nbytes),
+            }
+        else:
+            np.testing.assert_array_equal(ir.from_proto(constant).numpy(), weight.numpy())
+    told = {value.name for value in proto.graph.value_info}
+    assert told
+    assert not told & set(constants)
+    assert ir.to_proto(model.ir).SerializeToString() == before

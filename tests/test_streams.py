@@ -49,6 +49,12 @@ def test_what_every_nth_task_works_with_belongs_to_it_alone(n: int, ahead: int) 
     assert not living()
 
 
+def test_threads_are_there_before_the_first_task() -> None:
+    with Streams(3):
+        assert len(living()) == 3
+    assert not living()
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_of_the_tasks_that_fail_the_earliest_is_heard(ahead: int) -> None:
     def fail(number: int, seconds: float) -> None:

@@ -1,0 +1,71 @@
+"""Work that is spread over cores: in order, on threads of its own, and none is left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from calib.stacking import spread
+
+MUCH = 1 << 22  # values: more than is left to a single thread
+
+
+CORES = 3
+
+pytestmark = pytest.mark.usefixtures("_cores")
+
+
+@pytest.fixture
+def _cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: CORES)
+
+
+def test_results_are_in_the_order_of_the_items() -> None:
+    assert list(spread(str, ((n, MUCH) for n in range(20)))) == [str(n) for n in range(20)]
+
+
+def test_much_work_is_under_way_on_every_core_at_once() -> None:
+    together = threading.Barrier(CORES)
+
+    def work(number: int) -> int:
+        together.wait(30)
+        return number
+
+    assert list(spread(work, ((n, MUCH) for n in range(2 * CORES)))) == [*range(2 * CORES)]
+
+
+def test_fewer_items_than_cores_are_all_done() -> None:
+    assert list(spread(str, [(1, MUCH), (2, 1)])) == ["1", "2"]
+    assert list(spread(str, [])) == []
+
+
+def test_little_work_is_done_in_this_thread() -> None:
+    names = spread(lambda _: threading.current_thread().name, [(1, 10), (2, 10)])
+    assert set(names) == {threading.current_thread().name}
+
+
+def test_an_error_of_the_work_or_of_the_items_ends_the_threads() -> None:
+    def items(fail_at: int) -> Iterator[tuple[int, int]]:
+        for number in range(9):
+            if number == fail_at:
+                raise ValueError(f"item {number}")
+            yield number, MUCH
+
+    before = threading.active_count()
+    for fail_at in (1, 2, 5):
+        with pytest.raises(ValueError, match=f"item {fail_at}"):
+            list(spread(str, items(fail_at)))
+    with pytest.raises(ZeroDivisionError):
+        list(spread(lambda number: 1 // number, items(9)))
+    assert threading.active_count() == before
+
+
+def test_results_that_nobody_asks_for_leave_no_thread() -> None:
+    before = threading.active_count()
+    results = spread(str, ((n, MUCH) for n in range(9)))
+    assert next(results) == "0"
+    assert isinstance(results, Iterator)
+    results.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
