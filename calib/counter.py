@@ -201,7 +201,8 @@ def _of_pairs(bits: NDArray[np.uint32], n_codes: int) -> NDArray[np.int64]:
 
 def update_all(counters: Sequence[Counter], arrays: Sequence[NDArray[Any]]) -> None:
     """Has each of ``counters`` count its array, as `Counter.update`; sooner than one by one."""
-    own, flat = list[Counter](), list[NDArray[np.float32]]()
+    own: list[Counter] = []  # of a generic type, one would cost more than counting little
+    flat: list[NDArray[np.float32]] = []
     for counter, values in zip(counters, arrays, strict=True):
         array = values.ravel("K")  # in the order of memory
         if enabled() and array.dtype == np.float32 and array.flags.aligned:
