@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from calib import compiled
 from calib.compiled import kernel
+from calib.products import product
 from calib.ranked import Floats
 
 Starts = NDArray[np.int64]
@@ -112,7 +113,7 @@ class Cells:
         gain = np.zeros((largest.size, points))
         for own, n in zip(excess, levels, strict=True):
             if n > 0:
-                gain += own @ _line_weights(steps, n, points)
+                gain += product(own, _line_weights(steps, n, points))
         bounds = self._total[:, None] - largest[:, None] * gain
         bounds[(largest < _TINY) | (largest > _HUGE)] = -np.inf
         return np.asarray(bounds)

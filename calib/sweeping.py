@@ -26,12 +26,12 @@ from calib.magnitudes import (
     Starts,
     units,
 )
+from calib.products import product
 from calib.ranked import Floats, Ranks
 
 _MARGIN = 1 + 1e-4  # above what sums of float32 are off by
 _SHIFTED = 3e-7  # by so much of the largest, at most, a position in float32 is off; doubled
 _PART = 1 << 18  # values, or edges, at a time
-_UNTHREADED = 1 << 20  # products of two numbers; from about here on, OpenBLAS begins threads
 TOP = 64
 _TOP = (1, 4, 16, TOP)  # so many of the largest values say what is clipped at least
 _EDGES = ((32, 100), (150, 200), (400, 300))  # for so many values at most
@@ -139,7 +139,7 @@ def _sweep(part: _Part, steps: int, points: int) -> tuple[Starts, Floats, Floats
     lowest[tiny] = 0
     first = min(max(int(lowest.min() * points * (1 - 1e-6)), 1), points)
     errors_at_edges = _errors_at_edges(steps, points, part.shares.shape[1])
-    bounds = _product(part.shares, errors_at_edges[:, first - 1 :])
+    bounds = product(part.shares, errors_at_edges[:, first - 1 :])
     zero = part.largest == 0
     if tiny.any() or zero.any():
         bounds[tiny], bounds[zero] = 0, np.inf
@@ -154,17 +154,6 @@ def _sweep(part: _Part, steps: int, points: int) -> tuple[Starts, Floats, Floats
     best[zero] = 1
     scale = part.unit.astype(np.float64)[:, 0] ** 2
     return best, least / scale, last / scale
-
-
-def _product(left: Singles, right: Singles) -> Singles:
-    """Of matrices, in pieces for which a BLAS begins no threads: these wait by spinning, and take
-    the cores from whatever else is done."""
-    product = np.empty((len(left), right.shape[1]), np.float32)
-    size = max(1, _UNTHREADED // right.size)
-    for first in range(0, len(left), size):
-        own = slice(first, first + size)
-        np.matmul(left[own], right, out=product[own])
-    return product
 
 
 def _improve(

@@ -28,6 +28,7 @@ FLOW = (
     "counterfile",
     "ranked",
     "ordered",
+    "products",
     "magnitudes",
     "rounding",
     "sweeping",
