@@ -264,7 +264,7 @@ def _of_side(
     """The counts of codes of one sign up to the extreme one: behind it, nothing is."""
     counts = words_at(places[side // 2], 2 * N_CODES).view(np.int64)
     extreme = extremes[side // 2, 0] * -1.0 if side % 2 else extremes[side // 2, 1]
-    most = np.float32(min(max(extreme, 0.0), _LARGEST_BFLOAT16))
+    most = np.float32(min(extreme, _LARGEST_BFLOAT16) if extreme > 0 else 0.0)  # and of -0 not -0
     first = side % 2 * MINUS_ZERO_CODE
     return counts[first : first + _code(most.view(np.uint32)) + 1]
 

@@ -276,7 +276,10 @@ def test_bins_of_many_counters_are_found_by_the_kernel_as_by_numpy(
         normal,
         np.maximum(normal, 0),
         -np.abs(normal) - 1,
+        -np.maximum(normal, 0),  # its largest value is -0
         np.array([0.0, -0.0, 1e-42, -1e-42], np.float32),
+        np.array([-0.0], np.float32),
+        np.array([-1.0, -0.0, -1e-42], np.float32),
         np.array([LARGEST, -LARGEST, np.nan, np.inf], np.float32),
         np.zeros(0, np.float32),
         (normal.astype(np.float64) * 1e-30).astype(np.float32),
@@ -294,6 +297,19 @@ def test_bins_of_many_counters_are_found_by_the_kernel_as_by_numpy(
         assert (counts[own] > 0).all()
         assert (codes[starts[2 * number] : starts[2 * number + 1]] < 0x8000).all()
         assert (codes[starts[2 * number + 1] : own.stop] >= 0x8000).all()
+
+
+@by_property
+@given(st.lists(arrays_of_any_bits, min_size=1, max_size=4), st.sampled_from(HARD_BITS))
+def test_bins_of_many_counters_are_those_of_each(arrays: list[Floats], hard: int) -> None:
+    """Every hard value is also the only one of a counter, and so its least and its largest."""
+    counters = [counted(array) for array in (*arrays, from_bits(hard))]
+    codes, counts, starts = all_bins(counters)
+    for number, counter in enumerate(counters):
+        own = slice(starts[2 * number], starts[2 * number + 2])
+        expected = np.flatnonzero(counter.counts)
+        np.testing.assert_array_equal(codes[own], expected)
+        np.testing.assert_array_equal(counts[own], counter.counts[expected])
 
 
 def test_a_counter_for_each_array_is_asked_for() -> None:
