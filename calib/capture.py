@@ -186,14 +186,20 @@ class Session:
 
 
 def newest_opset() -> int:
-    """The newest opset of the default domain that the installed onnxruntime loads."""
+    """The newest opset of the default domain at which the installed onnxruntime loads a quantized
+    model; 1.32 has most of opset 28, but no QuantizeLinear."""
     for opset in range(_FIRST_UNKNOWN_OPSET, 1, -1):
-        x, y = (ir.val(name, ir.DataType.FLOAT, [1]) for name in "xy")
-        node = ir.Node("", "Identity", [x], outputs=[y])
-        graph = ir.Graph([x], [y], nodes=[node], opset_imports={"": opset}, name="probe")
-        probe = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+        x, scale, y = (ir.val(name, ir.DataType.FLOAT, []) for name in "xsy")
+        zero, stored = (ir.val(name, ir.DataType.UINT8, []) for name in "zq")
+        nodes = [
+            ir.Node("", "QuantizeLinear", [x, scale, zero], outputs=[stored]),
+            ir.Node("", "DequantizeLinear", [stored, scale, zero], outputs=[y]),
+        ]
+        inputs, imports = [x, scale, zero], {"": opset}
+        graph = ir.Graph(inputs, [y], nodes=nodes, opset_imports=imports, name="probe")
         with suppress(Exception):
-            ort.InferenceSession(probe, _options(Runtime(), False), ["CPUExecutionProvider"])
+            source = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+            ort.InferenceSession(source, _options(Runtime(), False), ["CPUExecutionProvider"])
             return opset
     raise ModelError("onnxruntime loads no model at all: is it installed properly?")
 
