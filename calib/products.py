@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 Real = TypeVar("Real", np.float32, np.float64)
 
-# Of two numbers; for more at a time OpenBLAS begins threads: 65,536 times 4, as it is built by
-# default (interface/gemm.c), twice that as NumPy's wheels have it.
+# Of two numbers; OpenBLAS takes a thread for so many (interface/gemm.c), and so a second for twice.
 UNTHREADED = 1 << 18
 
 
