@@ -25,6 +25,7 @@ Source = Path | ir.Model
 
 _SEVERITY_FATAL = 4
 _MOST_THREADS = 1024
+_LOADED_BY_ALL = 23  # opset, by every onnxruntime that is supported
 _FIRST_UNKNOWN_OPSET = 40
 _UNKNOWN_OP = "is not a registered function/op"
 _MOST_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
@@ -204,6 +205,16 @@ def newest_opset() -> int:
     raise ModelError("onnxruntime loads no model at all: is it installed properly?")
 
 
+def check_opset(model: ir.Model) -> None:
+    """Raises `ModelError` if ``model`` has an opset above `newest_opset`."""
+    opset = model.opset_imports.get("", 0)
+    if opset > _LOADED_BY_ALL and opset > (newest := newest_opset()):
+        raise ModelError(
+            f"the model has opset {opset}, onnxruntime {ort.__version__} loads up to {newest}: "
+            f"export it with that opset, or upgrade onnxruntime"
+        )
+
+
 def _load(
     source: str | bytes, options: ort.SessionOptions, runtime: Runtime, model: Path | ir.Model
 ) -> ort.InferenceSession:
@@ -214,12 +225,7 @@ def _load(
     except Exception as error:  # onnxruntime's exceptions have no common base
         if isinstance(model, Path):
             model = ir.load(model)
-        opset, newest = model.opset_imports.get("", 0), newest_opset()
-        if opset > newest:
-            raise ModelError(
-                f"the model has opset {opset}, onnxruntime {ort.__version__} loads up to "
-                f"{newest}: export it with that opset, or upgrade onnxruntime"
-            ) from error
+        check_opset(model)
         reason = _reason(error)
         hint = ": give the library that has it with --custom-ops" if _UNKNOWN_OP in reason else ""
         if any(v.dtype is ir.DataType.BFLOAT16 for n in model.graph for v in n.outputs):

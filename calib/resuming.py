@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from calib import cluster
+from calib.capture import check_opset
 from calib.cluster import connected, observe_on
 from calib.counterfile import is_checkpoint
 from calib.equalizing import equalize
@@ -28,10 +29,11 @@ def open_model(path: str | Path, rules: Rules, run: Run) -> Model:
     """The model at ``path``, equalized if ``rules`` say so.
 
     Raises:
-        ModelError: as `load_model`.
+        ModelError: as `load_model`, or if onnxruntime would not load it quantized, for its opset.
         OptionError: if workers, which read the model's file, shall observe an equalized one.
     """
     model = load_model(path, run.feedback)
+    check_opset(model.ir)
     if not rules.equalize:
         return model
     if run.on_workers:

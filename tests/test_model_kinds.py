@@ -65,6 +65,8 @@ def test_an_opset_above_what_onnxruntime_loads_is_refused_in_one_clear_line(save
     assert f"the model has opset {newest_opset() + 1}, onnxruntime" in message
     assert f"loads up to {newest_opset()}: export it with that opset" in message
     assert "\n" not in message
+    with pytest.raises(ModelError, match="the model has opset"):  # before the data is opened
+        calibrate_model(path, path.with_name("missing.npz"), all_bits(8))
 
 
 # --- functions, subgraphs, other domains --------------------------------------------------------
