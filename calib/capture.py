@@ -25,7 +25,7 @@ Source = Path | ir.Model
 
 _SEVERITY_FATAL = 4
 _MOST_THREADS = 1024
-_LOADED_BY_ALL = 23  # opset, by every onnxruntime that is supported
+_LOADED_BY_ALL = 22  # `newest_opset` of onnxruntime 1.23, the oldest that is supported
 _FIRST_UNKNOWN_OPSET = 40
 _UNKNOWN_OP = "is not a registered function/op"
 _MOST_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB
