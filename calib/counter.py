@@ -7,13 +7,13 @@ merging is addition.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calib import tables
 from calib.compiled import enabled
 from calib.counting import (
     CACHED,
@@ -25,10 +25,7 @@ from calib.counting import (
     tally,
 )
 
-_PLAIN_CHUNK = 1 << 19  # longer ones take more memory and gain little
-_HIGH = slice(int(sys.byteorder == "little"), None, 2)  # of the halves of numbers of 32 bits
 _MANY = 1 << 16
-_LONG = 1 << 15  # from here on, a table twice as long pays
 _MINUS_ZERO = np.uint32(0x80000000)
 _HALF = np.uint32(0x8000)
 _ABOVE_BITS = np.uint32(0x7F7F8000)
@@ -90,8 +87,8 @@ class Counter:
         if flat.dtype == np.float16 and flat.size >= _MANY:
             self._update_half(flat.view(np.uint16))
             return
-        for start in range(0, flat.size, _PLAIN_CHUNK):
-            chunk = flat[start : start + _PLAIN_CHUNK]
+        for start in range(0, flat.size, tables.LONGEST):
+            chunk = flat[start : start + tables.LONGEST]
             if chunk.dtype != np.float32 or not chunk.flags.aligned:
                 with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
                     chunk = np.require(chunk, np.float32, "A")
@@ -122,16 +119,15 @@ class Counter:
 
     def _update_positive(self, bits: NDArray[np.uint32], top: np.uint32) -> None:
         """Counts values that are not negative, nor -0, of which ``top`` are the largest bits."""
-        n_zero = bits.size - int(np.count_nonzero(bits))
+        n_zero = -int(self.counts[0])
+        least = tables.add_positive(self.counts, bits, top)
+        n_zero += int(self.counts[0])
+        if n_zero and least < _HALF:  # then this may also be of what rounds to zero
+            n_zero = bits.size - int(np.count_nonzero(bits))
         self.n_zero += n_zero
-        least = np.uint32(0) if n_zero else bits.min()
-        self.min = min(self.min, float(least.view(np.float32)))
+        least = 0 if n_zero else least
+        self.min = min(self.min, float(np.uint32(least).view(np.float32)))
         self.max = max(self.max, float(top.view(np.float32)))
-        if bits.size < _LONG:
-            counts = np.bincount((bits + _HALF).view(np.uint16)[_HIGH])
-        else:
-            counts = _of_pairs(bits, ((int(top) + int(_HALF)) >> 16) + 1)
-        self.counts[: counts.size] += counts
 
     def _update_any(self, chunk: NDArray[np.float32]) -> None:
         low, high = chunk.min(), chunk.max()
@@ -149,11 +145,11 @@ class Counter:
         if max(-float(low), float(high)) >= _ABOVE_BFLOAT16:
             chunk = np.clip(chunk, -_LARGEST_BFLOAT16, _LARGEST_BFLOAT16)
         bits = chunk.view(np.uint32)
-        counts = np.bincount((bits + _HALF).view(np.uint16)[_HIGH])
-        self.counts[: counts.size] += counts
-        if counts[0]:
+        before = self.counts[0], self.counts[MINUS_ZERO_CODE]
+        tables.add(self.counts, bits)
+        if self.counts[0] != before[0]:
             self.n_zero += chunk.size - int(np.count_nonzero(bits))
-        if counts.size > MINUS_ZERO_CODE and counts[MINUS_ZERO_CODE]:
+        if self.counts[MINUS_ZERO_CODE] != before[1]:
             self.n_zero += int(np.count_nonzero(bits == _MINUS_ZERO))
 
     def _update_half(self, bits: NDArray[np.uint16]) -> None:
@@ -185,18 +181,6 @@ class Counter:
         self.n_zero += other.n_zero
         self.n_nan += other.n_nan
         self.n_inf += other.n_inf
-
-
-def _of_pairs(bits: NDArray[np.uint32], n_codes: int) -> NDArray[np.int64]:
-    """How often each of ``n_codes`` is there. Every other value has a table of its own: many are
-    zero, and equal codes wait for each other."""
-    pairs = bits[: bits.size // 2 * 2].view(np.uint64)
-    offset = np.uint64(0x800000008000 + (n_codes << 48))
-    counts = np.bincount((pairs + offset).view(np.uint16)[_HIGH], minlength=n_codes)
-    counts[: counts.size - n_codes] += counts[n_codes:]
-    if bits.size % 2:
-        counts[(int(bits[-1]) + int(_HALF)) >> 16] += 1
-    return counts[:n_codes]
 
 
 def update_all(counters: Sequence[Counter], arrays: Sequence[NDArray[Any]]) -> None:
