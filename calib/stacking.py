@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from threading import Event
+from threading import Event, Semaphore
 from typing import TypeVar
 
 import numpy as np
@@ -227,15 +227,18 @@ def spread(work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]) ->
         yield from map(work, ahead)
         return
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
+    room = Semaphore(2 * workers)
     gate = Event()  # a thread that works at once keeps this one from starting the next
     with ThreadPoolExecutor(workers, initializer=gate.wait) as pool:
         try:
             begun: deque[Future[Result]] = deque()
             for item in chain(ahead, (item for item, _ in rest)):
                 begun.append(pool.submit(work, item))
+                begun[-1].add_done_callback(lambda _: room.release())
                 if len(begun) >= workers:
                     gate.set()
-                if len(begun) > 2 * workers:
+                room.acquire()  # where a long one is the first, too, others go on
+                while begun and begun[0].done():
                     yield begun.popleft().result()
             gate.set()
             while begun:

@@ -36,6 +36,39 @@ def test_much_work_is_under_way_on_every_core_at_once() -> None:
     assert list(spread(work, ((n, MUCH) for n in range(2 * CORES)))) == [*range(2 * CORES)]
 
 
+def test_others_are_begun_while_a_long_one_takes_its_time() -> None:
+    n, last_begun = 9 * CORES, threading.Event()
+
+    def work(number: int) -> int:
+        if number == n - 1:
+            last_begun.set()
+        elif number == 0:
+            assert last_begun.wait(30)
+        return number
+
+    assert list(spread(work, ((number, MUCH) for number in range(n)))) == [*range(n)]
+
+
+def test_items_are_made_only_when_they_are_to_be_begun_soon() -> None:
+    unfinished, most, lock = 0, 0, threading.Lock()
+
+    def items() -> Iterator[tuple[int, int]]:
+        nonlocal unfinished, most
+        for number in range(30 * CORES):
+            with lock:
+                unfinished += 1
+                most = max(most, unfinished)
+            yield number, MUCH
+
+    def work(_: int) -> None:
+        nonlocal unfinished
+        with lock:
+            unfinished -= 1
+
+    assert len(list(spread(work, items()))) == 30 * CORES
+    assert most <= 2 * CORES + 1 + CORES  # and of each thread the one whose end is not told yet
+
+
 def test_fewer_items_than_cores_are_all_done() -> None:
     assert list(spread(str, [(1, MUCH), (2, 1)])) == ["1", "2"]
     assert list(spread(str, [])) == []
