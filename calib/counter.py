@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib import tables
+from calib import bincounts
 from calib.compiled import enabled
 from calib.counting import (
     CACHED,
@@ -87,8 +87,8 @@ class Counter:
         if flat.dtype == np.float16 and flat.size >= _MANY:
             self._update_half(flat.view(np.uint16))
             return
-        for start in range(0, flat.size, tables.LONGEST):
-            chunk = flat[start : start + tables.LONGEST]
+        for start in range(0, flat.size, bincounts.LONGEST):
+            chunk = flat[start : start + bincounts.LONGEST]
             if chunk.dtype != np.float32 or not chunk.flags.aligned:
                 with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
                     chunk = np.require(chunk, np.float32, "A")
@@ -120,7 +120,7 @@ class Counter:
     def _update_positive(self, bits: NDArray[np.uint32], top: np.uint32) -> None:
         """Counts values that are not negative, nor -0, of which ``top`` are the largest bits."""
         n_zero = -int(self.counts[0])
-        least = tables.add_positive(self.counts, bits, top)
+        least = bincounts.add_positive(self.counts, bits, top)
         n_zero += int(self.counts[0])
         if n_zero and least < _HALF:  # then this may also be of what rounds to zero
             n_zero = bits.size - int(np.count_nonzero(bits))
@@ -146,7 +146,7 @@ class Counter:
             chunk = np.clip(chunk, -_LARGEST_BFLOAT16, _LARGEST_BFLOAT16)
         bits = chunk.view(np.uint32)
         before = self.counts[0], self.counts[MINUS_ZERO_CODE]
-        tables.add(self.counts, bits)
+        bincounts.add(self.counts, bits)
         if self.counts[0] != before[0]:
             self.n_zero += chunk.size - int(np.count_nonzero(bits))
         if self.counts[MINUS_ZERO_CODE] != before[1]:

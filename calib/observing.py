@@ -206,8 +206,8 @@ class _Work:
         size: of a batch, how many samples to run at a time; None for all of it.
         n_threads: that count a part.
         groups: of all activations.
-        turn: is held while a part is counted; NumPy lets go of the interpreter's lock too
-            briefly to gain from two cores, and streams that count by turns wait less.
+        turn: is held while a part is counted; NumPy holds the interpreter's lock for most of
+            that time, and streams that count by turns wait less.
     """
 
     sessions: tuple[Session, ...]

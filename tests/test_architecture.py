@@ -24,6 +24,7 @@ FLOW = (
     "quantize",
     "compiled",
     "counting",
+    "bincounts",
     "counter",
     "counterfile",
     "ranked",
