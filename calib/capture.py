@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -314,10 +315,11 @@ def _source(
     graph = (part := part_for(model, values)).graph
     graphs = (graph, *model.graph.subgraphs())
     tensors = [t for g in graphs for v in g.initializers.values() if (t := v.const_value)]
-    folders = {str(t.base_dir) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    external = [t for t in tensors if isinstance(t, ir.ExternalTensor)]
+    folders = {str(tensor.base_dir) for tensor in external}
     shared = shareable(part)
-    inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
-    inline -= sum(v.const_value.nbytes for v in shared if v.const_value)
+    apart = chain(external, (v.const_value for v in shared if v.const_value))
+    inline = sum(tensor.nbytes for tensor in tensors) - sum(tensor.nbytes for tensor in apart)
     if len(folders) > 1 or inline > _MOST_INLINE_BYTES:
         try:
             folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="octav-calibrate-"))

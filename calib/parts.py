@@ -71,11 +71,21 @@ def shareable(part: ir.Model) -> list[ir.Value]:
 
 def take_out(part: ir.Model, constants: Sequence[ir.Value]) -> tuple[Any, dict[str, NDArray[Any]]]:
     """An ONNX ModelProto of ``part`` that says of ``constants`` that they lie elsewhere, and their
-    arrays by name. Types are told of values alone: constants have their own."""
-    held, taken = [*part.graph.initializers.values()], set(constants)
-    part.graph.initializers.clear()
-    proto, arrays = ir.to_proto(part), dict[str, NDArray[Any]]()
-    for value in held:
+    arrays by name. Of types it tells those of inputs and outputs alone; the others follow."""
+    graph, taken = part.graph, set(constants)
+    ends = ir.GraphView(
+        graph.inputs,
+        graph.outputs,
+        nodes=(),
+        opset_imports=graph.opset_imports,
+        name=graph.name,
+    )
+    functions = list(part.functions.values())
+    model = ir.Model(ends, ir_version=part.ir_version, functions=functions)  # type: ignore[arg-type]
+    proto, arrays = ir.to_proto(model), dict[str, NDArray[Any]]()
+    for node in graph:
+        ir.serde.serialize_node_into(proto.graph.node.add(), node)
+    for value in graph.initializers.values():
         if (tensor := value.const_value) is None:
             continue
         constant = proto.graph.initializer.add()

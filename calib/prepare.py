@@ -33,6 +33,7 @@ _TOLD = {
     *("Reshape", "Expand", "Tile", "Squeeze", "Unsqueeze", "Pad", "Slice", "Resize", "Upsample"),
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "Split", "TopK", "CumSum"),
 }
+_GRAPH, _GRAPHS = ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS
 _FEW = 1 << 12
 _GROWING = ("Expand", "Tile", "Range", "Resize", "Upsample", "Pad", "OneHot")
 _NEVER_FOLDED = (
@@ -134,9 +135,9 @@ def unique_name(name: str, taken: set[str]) -> str:
 def inner_nodes(node: ir.Node) -> Iterator[ir.Node]:
     """All nodes in the subgraphs of ``node``, at any depth."""
     for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
+        if (kind := attribute.type) is _GRAPH:
             yield from attribute.as_graph().all_nodes()
-        elif attribute.type == ir.AttributeType.GRAPHS:
+        elif kind is _GRAPHS:
             for graph in attribute.as_graphs():
                 yield from graph.all_nodes()
 
