@@ -6,36 +6,43 @@ import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Barrier, Semaphore
 from types import TracebackType
 
 
 class Streams:
     """Runs tasks in ``n`` threads; of the tasks that fail, the error of the earliest is raised.
 
-    Task k runs in thread k modulo n: what every n-th task works with belongs to it alone. Up to
-    ``ahead`` tasks wait for each thread, which then need not wait for them. As a context manager,
+    Whichever is free takes the next. Up to ``ahead`` tasks wait for each thread, which then need
+    not wait for them. As a context manager,
     it waits for what is under way; ``cancel`` is called first if a task failed or there was an
     interrupt, to end that soon. An error of the block's own is later than the tasks put before it,
     and is raised if none of them fails. After an error no task is run any more.
     """
 
     def __init__(self, n: int, cancel: Callable[[], None] = lambda: None, ahead: int = 0):
-        self._most = n * (1 + ahead)
+        self._room = Semaphore(n * (1 + ahead))
         self._cancel = cancel
-        self._threads = [ThreadPoolExecutor(1, "octav-calibrate") for _ in range(n)]
-        for thread in self._threads:  # one that works at once would keep the next from starting
-            thread.submit(int).result()
+        self._threads = ThreadPoolExecutor(n, "octav-calibrate")
+        ready = Barrier(n + 1)  # a thread that works at once would keep the next from starting
+        for _ in range(n):
+            self._threads.submit(ready.wait)
+        ready.wait()
         self._under_way: deque[Future[None]] = deque()
         self._n_put = 0
         self._failed: float = math.inf
         self._heard = False
 
     def put(self, task: Callable[[], None]) -> None:
-        """Starts ``task`` as soon as its thread is free; raises what an earlier one raised."""
-        while len(self._under_way) >= self._most:
+        """Starts ``task`` as soon as a thread is free; raises what an earlier one raised."""
+        self._room.acquire()
+        if self._failed < math.inf:
+            self.drain()
+        while self._under_way and self._under_way[0].done():
             self._hear()
-        thread = self._threads[self._n_put % len(self._threads)]
-        self._under_way.append(thread.submit(self._run, self._n_put, task))
+        begun = self._threads.submit(self._run, self._n_put, task)
+        begun.add_done_callback(lambda _: self._room.release())
+        self._under_way.append(begun)
         self._n_put += 1
 
     def drain(self) -> None:
@@ -74,7 +81,4 @@ class Streams:
         finally:
             if kind is not None:
                 self._cancel()
-            for thread in self._threads:
-                thread.shutdown(wait=False, cancel_futures=kind is not None)
-            for thread in self._threads:
-                thread.shutdown(wait=True)
+            self._threads.shutdown(cancel_futures=kind is not None)

@@ -18,35 +18,73 @@ def living() -> list[str]:
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_what_every_nth_task_works_with_belongs_to_it_alone(n: int, ahead: int) -> None:
-    owners: list[int | None] = [None] * n
-    most, under_way, lock = 0, 0, threading.Lock()
+def test_all_threads_work_at_a_time_and_no_more_tasks_wait_than_asked(n: int, ahead: int) -> None:
+    most = most_put = under_way = done = 0
+    lock = threading.Lock()
     delays = np.random.default_rng(n).uniform(0, 0.004, 60)
-    broken: list[int] = []
 
     def task(number: int) -> None:
-        nonlocal most, under_way
+        nonlocal most, under_way, done
         with lock:
             under_way += 1
             most = max(most, under_way)
-        if owners[number % n] is not None:
-            broken.append(number)
-        owners[number % n] = number
         time.sleep(delays[number])
-        if owners[number % n] != number:
-            broken.append(number)
-        owners[number % n] = None
         with lock:
             under_way -= 1
+            done += 1
 
     with Streams(n, ahead=ahead) as streams:
         for number in range(60):
             streams.put(lambda number=number: task(number))  # type: ignore[misc]
+            with lock:
+                most_put = max(most_put, number + 1 - done)
         streams.drain()
-        assert owners == [None] * n
-    assert not broken
+        assert done == 60
     assert most == n
+    assert n <= most_put <= n * (1 + ahead)
     assert not living()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_slow_task_holds_up_no_other(ahead: int) -> None:
+    others_done = threading.Event()
+
+    def slow() -> None:
+        assert others_done.wait(30), "others waited for it"
+
+    with Streams(2, ahead=ahead) as streams:
+        streams.put(slow)
+        for _ in range(20):
+            streams.put(lambda: None)
+        streams.put(others_done.set)
+        streams.drain()
+
+
+def test_after_an_error_nothing_is_put_any_more() -> None:
+    failed, go_on = threading.Event(), threading.Event()
+    put = list[int]()
+
+    def first() -> None:
+        assert go_on.wait(30), "nobody waits for it"
+
+    def fail() -> None:
+        failed.set()
+        raise ValueError("the second")
+
+    def run() -> None:
+        with Streams(2, ahead=1) as streams:
+            streams.put(first)
+            streams.put(fail)
+            assert failed.wait(30)
+            threading.Timer(0.05, go_on.set).start()
+            for number in range(50):
+                time.sleep(0.01)
+                streams.put(lambda: None)
+                put.append(number)
+
+    with pytest.raises(ValueError, match="the second"):
+        run()
+    assert len(put) < 50
 
 
 def test_threads_are_there_before_the_first_task() -> None:
@@ -70,29 +108,6 @@ def test_of_the_tasks_that_fail_the_earliest_is_heard(ahead: int) -> None:
             streams.drain()
 
     with pytest.raises(ValueError, match="task 0"):
-        run()
-
-
-def test_a_task_that_waits_behind_an_earlier_one_is_heard_before_a_later_one_that_failed() -> None:
-    failed = threading.Event()
-
-    def first() -> None:
-        assert failed.wait(30)
-
-    def fail(number: int) -> None:
-        if number == 3:
-            failed.set()
-        raise ValueError(f"task {number}")
-
-    def run() -> None:
-        with Streams(2, ahead=1) as streams:
-            streams.put(first)
-            streams.put(lambda: None)
-            streams.put(lambda: fail(2))
-            streams.put(lambda: fail(3))
-            streams.drain()
-
-    with pytest.raises(ValueError, match="task 2"):
         run()
 
 
