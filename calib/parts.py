@@ -9,11 +9,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calib.prepare import inner_nodes, remove_unused, sources
+from calib.prepare import inner_nodes, is_constant, remove_unused, sources
 
 _SHARED_BYTES = 1 << 10
 _NO_FILE = "in-memory"
 _EXTERNAL = 1  # of TensorProto.DataLocation
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 
 def part_for(model: ir.Model, names: Sequence[str] | None = None) -> ir.Model:
@@ -71,8 +72,9 @@ def shareable(part: ir.Model) -> list[ir.Value]:
 
 def take_out(part: ir.Model, constants: Sequence[ir.Value]) -> tuple[Any, dict[str, NDArray[Any]]]:
     """An ONNX ModelProto of ``part`` that says of ``constants`` that they lie elsewhere, and their
-    arrays by name. Of types it tells those of inputs and outputs alone; the others follow."""
-    graph, taken = part.graph, set(constants)
+    arrays by name. Types and shapes of inner values are told only where they may not follow from
+    those of inputs, see `_may_be_unknown`."""
+    graph, taken, outputs = part.graph, set(constants), set(part.graph.outputs)
     ends = ir.GraphView(
         graph.inputs,
         graph.outputs,
@@ -84,7 +86,10 @@ def take_out(part: ir.Model, constants: Sequence[ir.Value]) -> tuple[Any, dict[s
     model = ir.Model(ends, ir_version=part.ir_version, functions=functions)  # type: ignore[arg-type]
     proto, arrays = ir.to_proto(model), dict[str, NDArray[Any]]()
     for node in graph:
-        ir.serde.serialize_node_into(proto.graph.node.add(), node)
+        ir.serde.serialize_node_into(proto.graph.node.add(), node, model_ir_version=part.ir_version)
+        for value in node.outputs if _may_be_unknown(node) else ():
+            if value.name and value.type is not None and value not in outputs:
+                ir.serde.serialize_value_into(proto.graph.value_info.add(), value)
     for value in graph.initializers.values():
         if (tensor := value.const_value) is None:
             continue
@@ -100,6 +105,17 @@ def take_out(part: ir.Model, constants: Sequence[ir.Value]) -> tuple[Any, dict[s
             ir.serde.serialize_tensor_into(constant, tensor)
         constant.name = value.name
     return proto, arrays
+
+
+def _may_be_unknown(node: ir.Node) -> bool:
+    """Whether it may be that types and shapes of what ``node`` makes are only known by being told:
+    of custom operators, of bodies, and where they depend on numbers that are computed."""
+    if node.domain or next(inner_nodes(node), None) is not None:
+        return True
+    read = [value for value in node.inputs if value is not None and not is_constant(value)]
+    return any(value.shape is None for value in read) or any(
+        value.dtype not in _FLOATS for value in (*read, *node.outputs)
+    )
 
 
 def _is_shareable(value: ir.Value) -> bool:

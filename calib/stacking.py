@@ -213,7 +213,7 @@ def one_by_one(
 
 
 def spread(work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]) -> Iterator[Result]:
-    """``work`` of each of ``items``, in their order, on all cores; few are begun ahead, so that
+    """``work`` of each of ``items``, in their order, on all cores; few are under way, so that
     few take memory. With each comes its size: threads are not begun for little, nor for what
     mostly holds the interpreter's lock."""
     ahead, size, rest = list[Item](), 0, iter(items)
@@ -226,18 +226,31 @@ def spread(work: Callable[[Item], Result], items: Iterable[tuple[Item, int]]) ->
     else:
         yield from map(work, ahead)
         return
+    yield from _on_all_cores(work, chain(ahead, (item for item, _ in rest)))
+
+
+def _on_all_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
+    gate, failed = Event(), Event()
     room = Semaphore(2 * workers)
-    gate = Event()  # a thread that works at once keeps this one from starting the next
+
+    def ended(one: Future[Result]) -> None:
+        if one.exception() is not None:
+            failed.set()
+        room.release()
+
+    # A thread that works at once keeps this one from starting the next, hence the gate.
     with ThreadPoolExecutor(workers, initializer=gate.wait) as pool:
         try:
             begun: deque[Future[Result]] = deque()
-            for item in chain(ahead, (item for item, _ in rest)):
+            for item in items:
                 begun.append(pool.submit(work, item))
-                begun[-1].add_done_callback(lambda _: room.release())
+                begun[-1].add_done_callback(ended)
                 if len(begun) >= workers:
                     gate.set()
                 room.acquire()  # where a long one is the first, too, others go on
+                if failed.is_set():
+                    break
                 while begun and begun[0].done():
                     yield begun.popleft().result()
             gate.set()

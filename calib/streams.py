@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Barrier, Semaphore
+from threading import Event, Semaphore
 from types import TracebackType
 
 
@@ -23,11 +23,13 @@ class Streams:
     def __init__(self, n: int, cancel: Callable[[], None] = lambda: None, ahead: int = 0):
         self._room = Semaphore(n * (1 + ahead))
         self._cancel = cancel
-        self._threads = ThreadPoolExecutor(n, "octav-calibrate")
-        ready = Barrier(n + 1)  # a thread that works at once would keep the next from starting
-        for _ in range(n):
-            self._threads.submit(ready.wait)
-        ready.wait()
+        gate = Event()  # a thread that works at once would keep the next from starting
+        self._threads = ThreadPoolExecutor(n, "octav-calibrate", initializer=gate.wait)
+        try:
+            for _ in range(n):
+                self._threads.submit(int)
+        finally:
+            gate.set()
         self._under_way: deque[Future[None]] = deque()
         self._n_put = 0
         self._failed: float = math.inf
@@ -55,6 +57,7 @@ class Streams:
             self._under_way.popleft().result()
         except BaseException:
             self._heard = True
+            self._room.release()
             raise
 
     def _run(self, number: int, task: Callable[[], None]) -> None:
@@ -80,5 +83,6 @@ class Streams:
                 self.drain()
         finally:
             if kind is not None:
+                self._threads.shutdown(wait=False, cancel_futures=True)
                 self._cancel()
-            self._threads.shutdown(cancel_futures=kind is not None)
+            self._threads.shutdown()

@@ -115,3 +115,27 @@ def test_what_is_taken_out_of_a_part_is_said_to_lie_elsewhere_and_the_rest_stays
         for value in (*model.ir.graph.inputs, *model.ir.graph.outputs)
     }
     assert ir.to_proto(model.ir).SerializeToString() == before
+
+
+def test_shapes_are_told_where_they_may_not_follow_from_those_of_inputs() -> None:
+    """onnxruntime cannot know what a Reshape makes of a shape that it is fed, and would fuse the
+    nodes behind it in another way."""
+    text = """
+        <ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>
+        g (float[n, 8] x, int64[2] shape) => (float[a, b] z)
+        <float[n, 8] u, float[4, 4] v, float[4, 4] w, float[4, 4] y> {
+            u = Relu (x)
+            v = Reshape (u, shape)
+            w = Relu (v)
+            y = com.microsoft.Gelu (w)
+            z = Relu (y)
+        }
+    """
+    model = ir.from_onnx_text(text)
+    proto, _ = take_out(part_for(model), [])
+    told = {value.name: value for value in proto.graph.value_info}
+    assert told == {
+        node.outputs[0].name: ir.to_proto(node.outputs[0])
+        for node in model.graph
+        if node.op_type in ("Reshape", "Gelu")
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -66,7 +67,7 @@ def test_items_are_made_only_when_they_are_to_be_begun_soon() -> None:
             unfinished -= 1
 
     assert len(list(spread(work, items()))) == 30 * CORES
-    assert most <= 2 * CORES + 1 + CORES  # and of each thread the one whose end is not told yet
+    assert most <= 2 * CORES + 1  # with the next one
 
 
 def test_fewer_items_than_cores_are_all_done() -> None:
@@ -93,6 +94,23 @@ def test_an_error_of_the_work_or_of_the_items_ends_the_threads() -> None:
     with pytest.raises(ZeroDivisionError):
         list(spread(lambda number: 1 // number, items(9)))
     assert threading.active_count() == before
+
+
+def test_after_an_error_behind_a_long_one_little_is_begun() -> None:
+    begun, failed = list[int](), threading.Event()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            assert failed.wait(30)
+            time.sleep(0.2)
+        if number == 1:
+            failed.set()
+            raise ValueError("the second")
+
+    with pytest.raises(ValueError, match="the second"):
+        list(spread(work, ((number, MUCH) for number in range(10_000))))
+    assert len(begun) < 1_000
 
 
 def test_results_that_nobody_asks_for_leave_no_thread() -> None:

@@ -76,15 +76,72 @@ def test_after_an_error_nothing_is_put_any_more() -> None:
             streams.put(first)
             streams.put(fail)
             assert failed.wait(30)
-            threading.Timer(0.05, go_on.set).start()
+            time.sleep(0.05)
+            threading.Timer(0.3, go_on.set).start()
             for number in range(50):
-                time.sleep(0.01)
                 streams.put(lambda: None)
                 put.append(number)
 
     with pytest.raises(ValueError, match="the second"):
         run()
-    assert len(put) < 50
+    assert not put
+
+
+def test_what_waits_when_a_task_fails_is_never_started() -> None:
+    failing, ended, started = threading.Event(), threading.Event(), list[int]()
+
+    def fail() -> None:
+        assert failing.wait(30)
+        raise ValueError("the first")
+
+    def slow() -> None:
+        assert ended.wait(30)
+
+    def run() -> None:
+        with Streams(2, ended.set, ahead=1) as streams:
+            streams.put(fail)
+            streams.put(slow)
+            for number in (2, 3):
+                streams.put(lambda number=number: started.append(number))  # type: ignore[misc]
+            failing.set()
+            time.sleep(0.05)  # the thread that failed is free meanwhile
+            streams.drain()
+
+    with pytest.raises(ValueError, match="the first"):
+        run()
+    assert not started
+
+
+def test_an_error_that_is_heard_leaves_room_for_what_is_put_in_spite_of_it() -> None:
+    def fail() -> None:
+        raise ValueError("the first")
+
+    with Streams(1) as streams:
+        streams.put(fail)
+        with pytest.raises(ValueError, match="the first"):
+            streams.put(lambda: None)
+        streams.put(lambda: None)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_threads_that_cannot_all_be_started_leave_none_behind(
+    which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, begun = threading.Thread.start, list[threading.Thread]()
+
+    def limited(thread: threading.Thread) -> None:
+        begun.append(thread)
+        if len(begun) == which:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        with pytest.raises(RuntimeError, match="new thread"):
+            Streams(2)
+    for thread in begun[: which - 1]:
+        thread.join(30)
+    assert not living()
 
 
 def test_threads_are_there_before_the_first_task() -> None:
@@ -151,16 +208,22 @@ def test_an_error_in_the_block_is_later_than_the_tasks_before_it() -> None:
     assert not living()
 
 
-def test_an_interrupt_in_the_block_ends_the_threads() -> None:
-    stop = threading.Event()
+def test_an_interrupt_in_the_block_ends_the_threads_and_starts_nothing_more() -> None:
+    stop, started = threading.Event(), list[int]()
+
+    def task(number: int) -> None:
+        started.append(number)
+        assert stop.wait(30), "nobody cancelled"
 
     def run() -> None:
-        with Streams(2, stop.set) as streams:
-            streams.put(lambda: None if stop.wait(30) else pytest.fail("nobody cancelled"))
+        with Streams(2, stop.set, ahead=1) as streams:
+            for number in range(4):
+                streams.put(lambda number=number: task(number))  # type: ignore[misc]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run()
+    assert {*started} <= {0, 1}
     assert not living()
 
 
