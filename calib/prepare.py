@@ -135,9 +135,9 @@ def unique_name(name: str, taken: set[str]) -> str:
 def inner_nodes(node: ir.Node) -> Iterator[ir.Node]:
     """All nodes in the subgraphs of ``node``, at any depth."""
     for attribute in node.attributes.values():
-        if (kind := attribute.type) is _GRAPH:
+        if (kind := attribute.type) == _GRAPH:
             yield from attribute.as_graph().all_nodes()
-        elif kind is _GRAPHS:
+        elif kind == _GRAPHS:
             for graph in attribute.as_graphs():
                 yield from graph.all_nodes()
 

@@ -14,10 +14,10 @@ class Streams:
     """Runs tasks in ``n`` threads; of the tasks that fail, the error of the earliest is raised.
 
     Whichever is free takes the next. Up to ``ahead`` tasks wait for each thread, which then need
-    not wait for them. As a context manager,
-    it waits for what is under way; ``cancel`` is called first if a task failed or there was an
-    interrupt, to end that soon. An error of the block's own is later than the tasks put before it,
-    and is raised if none of them fails. After an error no task is run any more.
+    not wait for them. As a context manager, it waits for what is under way; ``cancel`` is called
+    first if a task failed or there was an interrupt, to end that soon. An error of the block's own
+    is later than the tasks put before it, and is raised if none of them fails. After an error no
+    task is run any more.
     """
 
     def __init__(self, n: int, cancel: Callable[[], None] = lambda: None, ahead: int = 0):
