@@ -20,6 +20,9 @@ _LOG = logging.getLogger(__name__)
 
 PLAIN = "OCTAV_CALIBRATE_PLAIN"
 
+PACKED = 16  # numbers at a time
+_COMPRESS, _LLVM_THAT_PACKS = "llvm.experimental.vector.compress", (19,)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -42,9 +45,9 @@ def enabled() -> bool:
 class Kernel(Generic[P, R]):
     """A function that is compiled when it is first called; it releases the interpreter lock.
 
-    It may call other kernels of its module, `prefetch` and `words_at`. Compiled code is kept in
-    numba's cache, so that a process after the first only loads it; a change of another module goes
-    unnoticed there.
+    It may call other kernels of its module, `pack`, `prefetch` and `words_at`. Compiled code is
+    kept in numba's cache, so that a process after the first only loads it; a change of another
+    module goes unnoticed there.
     """
 
     def __init__(self, function: Callable[P, R], *, fastmath: bool | set[str]):
@@ -100,6 +103,70 @@ def words_at(address: int, size: int) -> NDArray[np.uint32]:
     raise NotImplementedError("only compiled code can do that")
 
 
+def pack(source: int, target: int) -> int:
+    """For kernels: writes those of the `PACKED` numbers of 32 bits at ``source`` that are not 0 to
+    ``target``, in their order, and whatever behind them, as many in all; says how many they are.
+    """
+    raise NotImplementedError("only compiled code can do that")
+
+
+@cache
+def packs() -> bool:
+    """Whether `pack` takes but a few instructions."""
+    if not enabled():
+        return False
+    import numba  # noqa: PLC0415
+    from llvmlite import binding  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
+
+    if binding.llvm_version_info < _LLVM_THAT_PACKS or getattr(numba.config, "CPU_NAME", None):
+        return False
+    return bool(binding.get_host_cpu_features().get("avx512f"))
+
+
+@cache
+def _pack() -> object:
+    return _pack_at_once() if packs() else _pack_one_by_one()
+
+
+def _pack_at_once() -> object:
+    from llvmlite import ir  # noqa: PLC0415
+    from numba import types  # noqa: PLC0415
+    from numba.extending import intrinsic  # noqa: PLC0415
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words, flags = (ir.VectorType(ir.IntType(bits), PACKED) for bits in (32, 1))
+        source, target = (builder.inttoptr(arg, words.as_pointer()) for arg in args)
+        found = builder.load(source, align=4)
+        chosen = builder.icmp_unsigned("!=", found, words(None))
+        name, kind = f"{_COMPRESS}.v{PACKED}i32", ir.FunctionType(words, [words, flags, words])
+        known = builder.module.globals
+        compress = known[name] if name in known else ir.Function(builder.module, kind, name)
+        packed = builder.call(compress, [found, chosen, words(ir.Undefined)])
+        builder.store(packed, target, align=4)
+        n = builder.ctpop(builder.bitcast(chosen, ir.IntType(PACKED)))
+        return builder.zext(n, context.get_value_type(signature.return_type))
+
+    def typed(_context: Any, _source: Any, _target: Any) -> Any:
+        return types.intp(types.intp, types.intp), generate
+
+    return intrinsic(typed)
+
+
+def _pack_one_by_one() -> object:
+    from numba import njit  # type: ignore[attr-defined, unused-ignore]  # noqa: PLC0415
+
+    view: Any = _words_at()
+
+    def pack_one_by_one(source: int, target: int) -> int:
+        values, packed, n = view(source, PACKED), view(target, PACKED), 0
+        for value in values:
+            packed[n] = value
+            n += value != 0
+        return n
+
+    return njit(pack_one_by_one)
+
+
 @cache
 def _prefetch() -> object:
     from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
@@ -139,4 +206,8 @@ def _words_at() -> object:
     return njit(view)
 
 
-_INTRINSICS: dict[object, Callable[[], object]] = {prefetch: _prefetch, words_at: _words_at}
+_INTRINSICS: dict[object, Callable[[], object]] = {
+    pack: _pack,
+    prefetch: _prefetch,
+    words_at: _words_at,
+}

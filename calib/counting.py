@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.compiled import kernel, prefetch, words_at
+from calib.compiled import PACKED, kernel, pack, packs, prefetch, words_at
 
 N_CODES = 1 << 16
 MINUS_ZERO_CODE = 0x8000
 CACHED = 1 << 12
 _CHUNK = 63 * CACHED  # a lane counts a quarter of them, up to 65,535
 _AHEAD = 1 << 11  # bytes; found best
+_MANY_ZEROS = CACHED // 6  # of a block: the next one is then counted without them
 _TOGETHER = 1 << 8
 _LARGEST_BFLOAT16 = float(np.uint32(0x7F7F0000).view(np.float32))
 
@@ -62,22 +63,29 @@ def _address(array: NDArray[Any]) -> int:
     return int(array.ctypes.data)  # compiled, it takes a tenth of the time
 
 
+_Lanes = tuple[Any, NDArray[np.uint64], NDArray[np.uint32]]
+
+
 class _Local(threading.local):
-    """What each thread counts in before it adds that to a tensor's counts; zero in between. What
-    occurs of it is small, so that it stays in the fastest cache."""
+    """What each thread works in. It counts in ``lanes`` before it adds that to a tensor's counts;
+    zero in between. What occurs of them is small, so that it stays in the fastest cache.
+
+    Attributes:
+        lanes: records of four uint16 ``(65536,)``, the same as uint64, and room for a block of
+            values without zeros; none where these cannot be dropped fast.
+    """
 
     def __init__(self) -> None:
         lanes = np.zeros(N_CODES, [(lane, np.uint16) for lane in "abcd"])
-        self.lanes = lanes, lanes.view(np.uint64)
+        room = np.empty(CACHED + PACKED if packs() else 0, np.uint32)
+        self.lanes: _Lanes = lanes, lanes.view(np.uint64), room
 
 
 _LOCAL = _Local()
 
 
 @kernel()
-def _count_each(
-    places: NDArray[np.int64], lanes: tuple[Any, NDArray[np.uint64]], found: NDArray[np.float64]
-) -> None:
+def _count_each(places: NDArray[np.int64], lanes: _Lanes, found: NDArray[np.float64]) -> None:
     """As `count_each`: from addresses of values, how many these are, and addresses of counts,
     ``(K, 3)``, to what is found, ``(K, 4)``."""
     for number in range(places.shape[0]):
@@ -98,35 +106,42 @@ def _count_each(
 
 @kernel()
 def _count(
-    bits: NDArray[np.uint32], lanes: tuple[Any, NDArray[np.uint64]], counts: NDArray[np.int64]
+    bits: NDArray[np.uint32], lanes: _Lanes, counts: NDArray[np.int64]
 ) -> tuple[int, float, float, int]:
     """Counts at most `_CHUNK` float32 values, until some are too large or NaN.
 
     Args:
         bits: uint32 ``(N,)``.
-        lanes: zeros, records of four uint16 ``(65536,)``, and the same as uint64.
+        lanes: see `_Local`.
         counts: what is added to, int64 ``(65536,)``.
 
     Returns how many were counted, their minimum and maximum, and how many are zero.
     """
     small, top, high = np.uint32(0xFFFFFFFF), np.uint32(0), np.int32(-0x80000000)
-    signed, pairs = bits.view(np.int32), bits[: bits.size // 2 * 2].view(np.uint64)
-    done = 0
+    words, room = lanes[1], lanes[2]
+    done, dropped, zeros, packing = 0, 0, 0, False
     while done < bits.size:
         stop = min(done + CACHED, bits.size)
-        block, two = bits[done:stop], pairs[done // 2 : stop // 2]
-        _add(block, two, lanes[0], np.uint16(1))
+        block = bits[done:stop]
+        ahead, pace = block.ctypes.data + _AHEAD, 32
+        if packing and block.size == CACHED:
+            ahead, pace = block.ctypes.data + 4 * CACHED, 64
+            block = room[: _pack_all(block, room)]
+        _add(block, lanes[0], np.uint16(1), (ahead, pace))
         # From the cache by now: counting first hides how long memory takes.
-        a, b, c = _ends(block, signed[done:stop])
+        a, b, c = _ends(block, block.view(np.int32))
         if b >= np.uint32(0xFF7F8000) or c >= np.int32(0x7F7F8000):
-            _add(block, two, lanes[0], np.uint16(0xFFFF))
+            _add(block, lanes[0], np.uint16(0xFFFF), (ahead, pace))
             break
         small, top, high = min(small, a), max(top, b), max(high, c)
+        dropped += stop - done - block.size
+        before, zeros = zeros, dropped + _four(words[0])
+        packing = room.size > 0 and zeros - before > _MANY_ZEROS
         done = stop
-    counted, words = done, lanes[1]
-    n_zero = _four(words[0]) + _four(words[MINUS_ZERO_CODE])
+    counts[0] += dropped  # of which the extremes know: the first block with zeros was not packed
+    n_zero = dropped + _four(words[0]) + _four(words[MINUS_ZERO_CODE])
     if n_zero and small < np.uint32(0x8000):  # then it is also of what rounds to zero
-        n_zero = _zeros(bits[:counted])
+        n_zero = _zeros(bits[:done])
     for sign, largest in ((0, np.uint32(max(high, np.int32(0)))), (MINUS_ZERO_CODE, top)):
         _fold(words, counts, (sign, sign + 1))
         _fold(words, counts, (sign + max(_code(small), 1), _code(largest) + 1))
@@ -134,26 +149,36 @@ def _count(
     # The largest bits are those of the most negative value, if there is one.
     least = top if top >= np.uint32(0x80000000) else zero
     most = np.uint32(high) if high >= 0 else np.uint32(np.uint32(0x80000000) | zero)
-    return counted, _value(least), _value(most), n_zero
+    return done, _value(least), _value(most), n_zero
 
 
 @kernel()
-def _add(
-    bits: NDArray[np.uint32],
-    pairs: NDArray[np.uint64],
-    lanes: Any,
-    times: np.uint16,
-) -> None:
-    """Adds ``times``, 1 or -1, for each value.
+def _pack_all(bits: NDArray[np.uint32], room: NDArray[np.uint32]) -> int:
+    """Writes what is not 0 of `CACHED` ``bits`` to ``room``, and zeros up to a multiple of 8; says
+    how many that are."""
+    source, start = bits.ctypes.data, room.ctypes.data
+    target = start
+    for at in range(source, source + 4 * CACHED, 64):
+        target += 4 * pack(at, target)
+    kept = (target - start) // 4
+    room[kept : kept + 7] = np.uint32(0)
+    return (kept + 7) // 8 * 8
+
+
+@kernel()
+def _add(bits: NDArray[np.uint32], lanes: Any, times: np.uint16, reading: tuple[int, int]) -> None:
+    """Adds ``times``, 1 or -1, for each value; meanwhile the cache reads from an address on, so
+    many bytes for every eight values.
 
     Of four neighbours each goes to a lane of its own, as repeated codes would wait for each other.
     """
     half, mask = np.uint64(0x800000008000), np.uint64(0xFFFF)
     word, long = np.uint64(16), np.uint64(48)
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
-    ahead, fours = pairs.ctypes.data + _AHEAD, pairs.size // 4
+    pairs, (ahead, pace) = bits[: bits.size // 2 * 2].view(np.uint64), reading
+    fours = pairs.size // 4
     for i in range(fours):
-        prefetch(ahead + 32 * i)
+        prefetch(ahead + pace * i)
         n = np.uint64(i) << two  # unsigned: no index is negative
         p, q = pairs[n] + half, pairs[n | one] + half
         r, s = pairs[n | two] + half, pairs[n | three] + half

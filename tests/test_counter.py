@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from calib import bincounts, compiled
+from calib import bincounts, compiled, counting
 from calib.counter import Counter, all_bins, update_all
-from calib.counting import N_CODES
+from calib.counting import CACHED, N_CODES
 
 Floats = NDArray[np.float32]
 
@@ -41,12 +41,16 @@ arrays_of_any_bits = st.lists(some_bits, max_size=60).map(lambda bits: from_bits
 
 
 @pytest.fixture(
-    autouse=True, scope="module", params=[pytest.param("numba", marks=needs_numba), "numpy"]
+    autouse=True,
+    scope="module",
+    params=[*(pytest.param(way, marks=needs_numba) for way in ("numba", "packing")), "numpy"],
 )
 def _way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything here holds for both ways to count."""
+    """Everything here holds for all ways to count; one drops zeros first, fast or not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calib.counter.enabled", lambda: request.param == "numba")
+        patch.setattr("calib.counter.enabled", lambda: request.param != "numpy")
+        patch.setattr("calib.counting.packs", lambda: request.param == "packing")
+        patch.setattr("calib.counting._LOCAL", counting._Local())
         yield
 
 
@@ -271,6 +275,27 @@ def test_values_behind_a_relu_are_counted_as_one_by_one(n: int, scale: float, ze
     values = np.abs(rng.standard_normal(n) * scale).astype(np.float32)
     values[rng.random(n) < zeros] = 0
     assert everything(counted(values)) == one_by_one(values)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_with_many_zeros_and_with_few_are_counted_as_one_by_one(
+    seed: int, sign: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    shares = rng.choice([0.0, 0.1, 0.16, 0.17, 0.5, 0.99, 1.0], 12)
+    blocks = [
+        np.where(rng.random(CACHED) < share, 0, rng.standard_normal(CACHED)) for share in shares
+    ]
+    values = np.concatenate(blocks).astype(np.float32)[: rng.integers(1, 12 * CACHED)]
+    if seed % 2:
+        hard = rng.integers(values.size, size=40)
+        values[hard] = from_bits(*rng.choice(HARD_BITS, hard.size))
+    else:
+        values = np.where(values == 0, 0, sign * np.abs(values))
+    found = counted(values)
+    assert everything(found) == one_by_one(values)
+    assert everything(counted(values, values)) == everything(counted(np.tile(values, 2)))
 
 
 @needs_numba
