@@ -191,22 +191,33 @@ def _weights(
 
 def _table(model: Model, observations: Observations, job: Job, rows: Rows) -> CalibrationTable:
     unseen = "no value of it was seen in the data"
+    empty = [spec for spec, tensor in zip(job.plan.specs, rows[0], strict=True) if tensor.empty]
     table = CalibrationTable(
         model.sha256,
         observations.n_samples,
-        tuple(_records(model, rows)),
-        (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec, t, _ in rows if t.empty)),
+        tuple(_records(model, job.plan, rows)),
+        (*job.plan.skipped, *(Skipped(spec.name, unseen) for spec in empty)),
         target=job.rules.target,
     )
     return fit_biases(model, table) if TARGETS[table.target].bias == "int32" else table
 
 
-def _records(model: Model, rows: Rows) -> Iterator[TensorRecord]:
-    for spec, tensor, number in rows:
+def _records(model: Model, plan: Plan, rows: Rows) -> Iterator[TensorRecord]:
+    for spec, tensor, number in zip(plan.specs, *rows, strict=True):
         if tensor.empty:
             continue
-        fields, notes = tensor.facts[number]
-        record = _record_of(spec, *fields, (*spec.notes, *notes) if spec.notes else notes)
+        facts = tensor.facts
+        notes = facts.notes[number]
+        record = _record_of(
+            spec,
+            tensor.questions[number].qtype,
+            facts.threshold[number],
+            facts.scale[number],
+            facts.max_abs,
+            facts.count,
+            facts.sqnr_db[number],
+            (*spec.notes, *notes) if spec.notes else notes,
+        )
         if spec.grid not in ("symmetric", "signed"):
             record = _with_zero_point(model, record, tensor, number)
         yield record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, make_dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 Made = TypeVar("Made")
@@ -25,9 +25,9 @@ def maker(kind: Callable[P, Made]) -> Callable[P, Made]:
         raise TypeError(f"{kind!r} must be a dataclass with slots, and without __post_init__")
     loose: Any = make_dataclass(kind.__name__, [each.name for each in fields(kind)], slots=True)
 
-    def make(*args: P.args, **kwargs: P.kwargs) -> Made:
-        made = loose(*args, **kwargs)
+    def make(*args: Any) -> Any:
+        made = loose(*args)
         made.__class__ = kind
-        return made  # type: ignore[no-any-return]
+        return made
 
-    return make
+    return cast(Callable[P, Made], make)

@@ -23,10 +23,6 @@ from calib.table import decibels
 _RAW = "sqnr_db from the raw values"
 _MODELLED = "sqnr_db from the noise model: the counters are too coarse above 8 bits"
 
-# The fields of a record, but for the first and the notes; and the notes.
-_Fields = tuple[QuantType, Floats, NDArray[np.float32], float, int, float | None]
-Fact = tuple[_Fields, tuple[str, ...]]
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -35,6 +31,19 @@ class Job:
     plan: Plan
     rules: Rules
     calibrators: Mapping[str, Calibrator]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What records of a tensor hold, the lists for each of its questions; see
+    `calib.table.TensorRecord`."""
+
+    threshold: list[Floats]
+    scale: list[NDArray[np.float32]]
+    max_abs: float
+    count: int
+    sqnr_db: list[float | None]
+    notes: list[tuple[str, ...]]
 
 
 class Tensor:
@@ -68,21 +77,24 @@ class Tensor:
         self.parts.append(part if self.places is None else part.some(self.places))
 
     @cached_property
-    def facts(self) -> list[Fact]:
-        """What every question's record holds, once all parts are known."""
+    def facts(self) -> Facts:
+        """What is known once all parts are."""
         answers = merged(self.parts)
-        signal, most, count = answers.signal, answers.max_abs, answers.count
         noises, known = answers.noise.tolist(), dict[tuple[bool, bool], tuple[str, ...]]()
-        given = self.questions, answers.threshold, answers.scale, noises, answers.notes
-        facts = []
-        for question, threshold, scale, noise, notes in zip(*given, strict=True):
-            qtype = question.qtype
-            case = qtype.bits > HISTOGRAM_BITS, signal > 0 and not noise > 0
+        all_notes = []
+        for question, noise, notes in zip(self.questions, noises, answers.notes, strict=True):
+            case = question.qtype.bits > HISTOGRAM_BITS, answers.signal > 0 and not noise > 0
             if (more := known.get(case)) is None:
                 more = known[case] = tuple(self._notes(*case))
-            fields = qtype, threshold, scale, most, count, decibels(signal, noise)
-            facts.append((fields, (*notes, *more)))
-        return facts
+            all_notes.append((*notes, *more))
+        return Facts(
+            list(answers.threshold),
+            list(answers.scale),
+            answers.max_abs,
+            answers.count,
+            [decibels(answers.signal, noise) for noise in noises],
+            all_notes,
+        )
 
     def _notes(self, wide: bool, exact: bool) -> Iterator[str]:
         """Besides those on a calibrator's answer: on a grid that is wider than counters are fine,
@@ -101,7 +113,9 @@ def _grid(bits: int, signed: bool, narrow: bool) -> QuantType:
     return QuantType(bits, signed, narrow)
 
 
-Rows = list[tuple[TensorSpec, Tensor, int]]
+# For each tensor of a plan it, and which of its questions is meant. Two lists, as thousands of
+# tuples would be gone through whenever memory is looked for that is no longer in use.
+Rows = tuple[list[Tensor], list[int]]
 _Questions = tuple[tuple[int, int, bool], ...]
 _Stacks = dict[tuple[_Questions, tuple[Hashable, ...]], list[Tensor]]
 
@@ -142,20 +156,21 @@ class Register:
         return list(self._known.values())
 
     def rows(self, job: Job) -> Rows:
-        """Each tensor of the job's plan, and which of its questions is meant."""
+        """What the job asks, in the order of its plan."""
         reduction = job.rules.reduction
         mean = reduction if reduction.name != "pool" else None
         distinct = {id(calibrator): calibrator for calibrator in job.calibrators.values()}
         identities = {key: self._identity(calibrator) for key, calibrator in distinct.items()}
-        rows, known = [], self._known
+        tensors, numbers, known = list[Tensor](), list[int](), self._known
         for spec in job.plan.specs:
             key = spec.shares or spec.name, spec.kind, spec.granularity, mean
             if (tensor := known.get(key)) is None:
                 tensor = known[key] = self._tensor(spec, mean)
             identity = identities[id(job.calibrators[spec.name])]
             question = identity, spec.bits, spec.grid == "signed"
-            rows.append((spec, tensor, tensor.numbers.setdefault(question, len(tensor.numbers))))
-        return rows
+            tensors.append(tensor)
+            numbers.append(tensor.numbers.setdefault(question, len(tensor.numbers)))
+        return tensors, numbers
 
     def stacks(
         self, tensors: Sequence[Tensor], is_little: Callable[[list[Tensor]], bool]
