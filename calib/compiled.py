@@ -105,27 +105,39 @@ def words_at(address: int, size: int) -> NDArray[np.uint32]:
 
 def pack(source: int, target: int) -> int:
     """For kernels: writes those of the `PACKED` numbers of 32 bits at ``source`` that are not 0 to
-    ``target``, in their order, and whatever behind them, as many in all; says how many they are.
-    """
+    ``target``, in their order, and says how many they are. What comes behind them there, up to
+    `PACKED` in all, is undefined."""
     raise NotImplementedError("only compiled code can do that")
 
 
 @cache
 def packs() -> bool:
-    """Whether `pack` takes but a few instructions."""
-    if not enabled():
+    """Whether `pack` is known to be a few instructions: where numba compiles for the processor
+    that is there, and this has AVX-512."""
+    if not (enabled() and _llvm_packs()):
         return False
     import numba  # noqa: PLC0415
     from llvmlite import binding  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
 
-    if binding.llvm_version_info < _LLVM_THAT_PACKS or getattr(numba.config, "CPU_NAME", None):
+    config: Any = numba.config
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
         return False
-    return bool(binding.get_host_cpu_features().get("avx512f"))
+    try:
+        return bool(binding.get_host_cpu_features().get("avx512f"))
+    except RuntimeError:  # LLVM cannot tell
+        return False
+
+
+def _llvm_packs() -> bool:
+    from llvmlite import binding  # noqa: PLC0415
+
+    return bool(binding.llvm_version_info >= _LLVM_THAT_PACKS)
 
 
 @cache
 def _pack() -> object:
-    return _pack_at_once() if packs() else _pack_one_by_one()
+    # Not by `packs`: what is compiled for a processor is kept, whatever was set when it was.
+    return _pack_at_once() if _llvm_packs() else _pack_one_by_one()
 
 
 def _pack_at_once() -> object:

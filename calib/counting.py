@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,17 +69,15 @@ _Lanes = tuple[Any, NDArray[np.uint64], NDArray[np.uint32]]
 
 class _Local(threading.local):
     """What each thread works in. It counts in ``lanes`` before it adds that to a tensor's counts;
-    zero in between. What occurs of them is small, so that it stays in the fastest cache.
+    zero in between. What occurs of them is small, so that it stays in the fastest cache."""
 
-    Attributes:
-        lanes: records of four uint16 ``(65536,)``, the same as uint64, and room for a block of
-            values without zeros; none where these cannot be dropped fast.
-    """
-
-    def __init__(self) -> None:
+    @cached_property  # not before it is needed, which would import numba
+    def lanes(self) -> _Lanes:
+        """Records of four uint16 ``(65536,)``, the same as uint64, and room for what is not zero of
+        a block; none where zeros cannot be dropped fast."""
         lanes = np.zeros(N_CODES, [(lane, np.uint16) for lane in "abcd"])
-        room = np.empty(CACHED + PACKED if packs() else 0, np.uint32)
-        self.lanes: _Lanes = lanes, lanes.view(np.uint64), room
+        room = np.empty(CACHED if packs() else 0, np.uint32)
+        return lanes, lanes.view(np.uint64), room
 
 
 _LOCAL = _Local()
@@ -138,7 +137,7 @@ def _count(
         before, zeros = zeros, dropped + _four(words[0])
         packing = room.size > 0 and zeros - before > _MANY_ZEROS
         done = stop
-    counts[0] += dropped  # of which the extremes know: the first block with zeros was not packed
+    counts[0] += dropped  # high is not below 0: packing begins behind values of code 0
     n_zero = dropped + _four(words[0]) + _four(words[MINUS_ZERO_CODE])
     if n_zero and small < np.uint32(0x8000):  # then it is also of what rounds to zero
         n_zero = _zeros(bits[:done])
@@ -154,22 +153,19 @@ def _count(
 
 @kernel()
 def _pack_all(bits: NDArray[np.uint32], room: NDArray[np.uint32]) -> int:
-    """Writes what is not 0 of `CACHED` ``bits`` to ``room``, and zeros up to a multiple of 8; says
-    how many that are."""
+    """Writes what is not 0 of `CACHED` ``bits`` to ``room``, and says how many these are."""
     source, start = bits.ctypes.data, room.ctypes.data
     target = start
-    for at in range(source, source + 4 * CACHED, 64):
+    for at in range(source, source + 4 * CACHED, 4 * PACKED):
         target += 4 * pack(at, target)
-    kept = (target - start) // 4
-    room[kept : kept + 7] = np.uint32(0)
-    return (kept + 7) // 8 * 8
+    return (target - start) // 4
 
 
 @kernel()
 def _add(bits: NDArray[np.uint32], lanes: Any, times: np.uint16, reading: tuple[int, int]) -> None:
-    """Adds ``times``, 1 or -1, for each value; meanwhile the cache reads from an address on, so
-    many bytes for every eight values.
+    """Adds ``times``, 1 or -1, for each value.
 
+    Meanwhile the cache is ``reading``: from an address on, so many bytes with every eight values.
     Of four neighbours each goes to a lane of its own, as repeated codes would wait for each other.
     """
     half, mask = np.uint64(0x800000008000), np.uint64(0xFFFF)

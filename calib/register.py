@@ -113,8 +113,8 @@ def _grid(bits: int, signed: bool, narrow: bool) -> QuantType:
     return QuantType(bits, signed, narrow)
 
 
-# For each tensor of a plan it, and which of its questions is meant. Two lists, as thousands of
-# tuples would be gone through whenever memory is looked for that is no longer in use.
+# For each spec of a plan, its tensor and which of the tensor's questions is meant. Two lists:
+# thousands of tuples would cost the garbage collector as much time as they took to make.
 Rows = tuple[list[Tensor], list[int]]
 _Questions = tuple[tuple[int, int, bool], ...]
 _Stacks = dict[tuple[_Questions, tuple[Hashable, ...]], list[Tensor]]

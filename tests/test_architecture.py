@@ -414,6 +414,11 @@ def test_numpy_is_not_imported_with_the_package_either() -> None:
     assert run_python("import calib, sys; print('numpy' in sys.modules)") == "False\n"
 
 
+def test_numba_is_not_loaded_before_it_is_needed() -> None:
+    what = "import calib.calibration, calib.observing, calib.counter, sys"
+    assert run_python(f"{what}; print('numba' in sys.modules)") == "False\n"
+
+
 # --- the public names -------------------------------------------------------------------------
 
 

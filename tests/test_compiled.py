@@ -16,7 +16,7 @@ from calib.compiled import pack
 pytestmark = pytest.mark.skipif(not compiled.enabled(), reason="numba is not installed")
 
 Pack = Callable[[int, int], int]
-GUARD = 0xABCDEF01
+GUARD, MINUS_ZERO = 0xABCDEF01, 0x80000000
 COUNTED = """
 import numpy as np
 from calib import compiled
@@ -41,6 +41,7 @@ def test_what_is_not_zero_is_packed_in_its_order(way: Pack, share: float) -> Non
     rng = np.random.default_rng(1)
     for offset in range(20):
         source = rng.integers(1, 1 << 32, 64, np.uint32)
+        source[rng.random(64) < 0.2] = MINUS_ZERO
         source[rng.random(64) < share] = 0
         target = np.full(64, GUARD, np.uint32)
         own = source[offset : offset + compiled.PACKED]
@@ -48,6 +49,33 @@ def test_what_is_not_zero_is_packed_in_its_order(way: Pack, share: float) -> Non
         np.testing.assert_array_equal(target[:n], own[own != 0])
         assert n == np.count_nonzero(own)
         assert (target[compiled.PACKED :] == GUARD).all()
+
+
+needs_packing = pytest.mark.skipif(not compiled.packs(), reason="no AVX-512, or an older LLVM")
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("CPU_NAME", "znver5"), ("CPU_FEATURES", "-avx512f"), ("ENABLE_AVX", 0)],
+)
+def test_nothing_is_packed_where_numba_compiles_for_something_else(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    assert compiled.packs.__wrapped__()
+    monkeypatch.setattr(f"numba.config.{name}", value)
+    assert not compiled.packs.__wrapped__()
+
+
+@needs_packing
+def test_nothing_is_packed_where_the_processor_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown() -> dict[str, bool]:
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", unknown)
+    assert not compiled.packs.__wrapped__()
 
 
 def test_without_the_instructions_that_pack_counts_are_the_same() -> None:

@@ -298,6 +298,33 @@ def test_blocks_with_many_zeros_and_with_few_are_counted_as_one_by_one(
     assert everything(counted(values, values)) == everything(counted(np.tile(values, 2)))
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_zeros_of_both_signs_are_told_apart_in_every_block(share: float) -> None:
+    rng = np.random.default_rng(5)
+    values = rng.standard_normal(9 * CACHED).astype(np.float32)
+    values[rng.random(values.size) < share] = 0
+    values[rng.random(values.size) < 0.05] = -0.0
+    assert everything(counted(values)) == one_by_one(values)
+
+
+@needs_numba
+@pytest.mark.parametrize(("share", "expected"), [(0.1, False), (0.3, True)])
+def test_blocks_behind_one_with_many_zeros_are_packed(
+    monkeypatch: pytest.MonkeyPatch, share: float, expected: bool
+) -> None:
+    monkeypatch.setattr("calib.counter.enabled", lambda: True)
+    monkeypatch.setattr("calib.counting.packs", lambda: True)
+    monkeypatch.setattr("calib.counting._LOCAL", own := counting._Local())
+    rng = np.random.default_rng(7)
+    values = rng.uniform(1, 2, 3 * CACHED).astype(np.float32)
+    values[rng.random(values.size) < share] = 0
+    last = values[2 * CACHED :]
+    own.lanes[2].fill(0)
+    counted(values)
+    n = np.count_nonzero(last)
+    assert np.array_equal(own.lanes[2].view(np.float32)[:n], last[last != 0]) == expected
+
+
 @needs_numba
 def test_bins_of_many_counters_are_found_by_the_kernel_as_by_numpy(
     monkeypatch: pytest.MonkeyPatch,
