@@ -13,14 +13,14 @@ import pytest
 from calib import compiled
 from calib.compiled import pack
 
-pytestmark = pytest.mark.skipif(not compiled.enabled(), reason="numba is not installed")
+if not compiled.enabled():
+    pytest.skip("numba is not installed", allow_module_level=True)
 
 Pack = Callable[[int, int], int]
 GUARD, MINUS_ZERO = 0xABCDEF01, 0x80000000
 COUNTED = """
 import numpy as np
 from calib import compiled
-from calib.compiled import pack
 from calib.counter import Counter
 values = np.maximum(np.random.default_rng(0).standard_normal(100_003).astype(np.float32), 0)
 counter = Counter.of(values)
