@@ -15,7 +15,7 @@ from calib.compiled import PACKED, kernel, pack, packs, prefetch, words_at
 N_CODES = 1 << 16
 MINUS_ZERO_CODE = 0x8000
 CACHED = 1 << 12
-_CHUNK = 63 * CACHED  # a lane counts a quarter of them, up to 65,535
+_CHUNK = 63 * CACHED  # a lane counts a quarter of them, and 7 of a packed block: up to 65,535
 _AHEAD = 1 << 11  # bytes; found best
 _MANY_ZEROS = CACHED // 6  # of a block: the next one is then counted without them
 _TOGETHER = 1 << 8
