@@ -17,7 +17,7 @@ from test_observations import cut, rich
 
 from calib import memory
 from calib.arrays import Batch
-from calib.capture import Runtime
+from calib.capture import Runtime, Session, Values
 from calib.errors import OptionError
 from calib.graph import Model, load_model
 from calib.memory import Fit, fit
@@ -76,13 +76,21 @@ def wanted(model: Model) -> Fit:
 
 def less_and_less(room: memory._Room, wanted: Fit, step: int) -> tuple[list[Fit], int, str]:
     """How each bound is met, the bound that is too little, and what is told of it."""
-    found, bound = [], room.resident + 2000 * MEGA
-    while True:
+    found: list[Fit] = []
+    for bound in range(room.resident + 2000 * MEGA, 0, -step):
         try:
-            found.append(room.fit(wanted, bound))
+            each = room.fit(wanted, bound)
         except OptionError as error:
             return found, bound, str(error)
-        bound -= step
+        found.append(each)
+        assert each.streams == 1 or "at a time" not in each.note
+        at_a_time = (each.samples or room.samples) * each.streams
+        if len(each.passes) == 1:
+            assert room.needed(room.names, at_a_time * (1 if each.note else memory._ARENA)) <= bound
+            continue
+        others = (len(each.passes) - 1) * room.session
+        assert all(room.needed(part) + others <= bound for part in each.passes)
+    pytest.fail("no bound is too little")
 
 
 def test_enough_memory_changes_nothing(unet: Model) -> None:
@@ -92,6 +100,7 @@ def test_enough_memory_changes_nothing(unet: Model) -> None:
 
 def test_the_less_memory_the_less_at_a_time_until_it_is_too_little(unet: Model) -> None:
     room = room_for(unet, image_batch(1, SIZE))
+    room.session = 20 * MEGA  # as if nothing that an earlier one freed were taken again
     found, bound, told = less_and_less(room, wanted(unet), step=5 * MEGA)
     assert [f.streams for f in found] == sorted((f.streams for f in found), reverse=True)
     assert [f.runtime.frugal for f in found] == sorted(f.runtime.frugal for f in found)
@@ -169,9 +178,17 @@ def test_parts_of_a_batch_count_as_the_batch(
             return super().fit(wanted, min(max_memory, self.needed(self.names, 3)))
 
     monkeypatch.setattr(memory, "_Room", ForThreeSamples)
+    run, sizes = Session.run, list[int]()
+
+    def noted(self: Session, feed: Feed, restart: bool = False) -> Values:
+        sizes.append(len(feed["image"]))
+        return run(self, feed, restart)
+
+    monkeypatch.setattr(Session, "run", noted)
     how = Observing(1, runtime=lean, halves=True, max_memory=10**12)
     seen = observe(free_batch, batches, names, how)
     assert re.fullmatch(r"max-memory \d+ MB: 2 samples at a time", "\n".join(seen.notes))
+    assert (sizes[-12:], set(sizes[:-12])) == ([2] * 12, {1})  # one to see what that takes
     assert (seen.n_batches, seen.half_samples) == (3, (16, 8))
     for name in names:  # onnxruntime may round otherwise in other batch sizes
         moved = np.abs(seen.counters[name].counts - whole.counters[name].counts).sum() / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -76,7 +77,8 @@ def test_after_an_error_nothing_is_put_any_more() -> None:
             streams.put(first)
             streams.put(fail)
             assert failed.wait(30)
-            time.sleep(0.05)
+            while math.isinf(streams._failed):
+                time.sleep(0.001)
             threading.Timer(0.3, go_on.set).start()
             for number in range(50):
                 streams.put(lambda: None)
