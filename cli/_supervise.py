@@ -6,14 +6,17 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
 CRASHED = 2
-_PASSED_ON = {signal.SIGINT, signal.SIGTERM}
+_ENDED: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _PATIENCE_S = 2
+_IMPORT_S = 10
+_AGAIN_S = 0.02
 
 
 class Terminated(BaseException):
@@ -29,18 +32,20 @@ def supervised(work: Callable[[], int], name: str) -> int:
     if not hasattr(os, "fork"):
         return work()
     alive, life = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until both know what to do with them
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDED)  # until both know what to do with them
     pid = os.fork()
     if pid == 0:
         os.close(life)
         threading.Thread(target=_end_with_supervisor, args=(alive,), daemon=True).start()
         os._exit(_worker(work, name))
     os.close(alive)
-    code = _wait(pid)
+    code, asked = _wait(pid)
     if code >= 0:
         return code
-    if -code in (signal.SIGINT, signal.SIGTERM):
-        return 128 - code
+    number = asked or -code  # what native code does when it is interrupted is no news
+    if number in _ENDED:
+        print(f"{name}: {_ENDED[number]}", file=sys.stderr)
+        return 128 + number
     crash = signal.Signals(-code).name
     hint = (
         "the machine is out of memory, most likely: try a smaller --batch-size"
@@ -51,39 +56,46 @@ def supervised(work: Callable[[], int], name: str) -> int:
     return CRASHED
 
 
-def _wait(pid: int) -> int:
-    """The exit code of the worker, negative for a signal."""
+def _wait(pid: int) -> tuple[int, int]:
+    """The exit code of the worker, negative for a signal; and the signal that asked for its end,
+    or 0."""
+    asked = 0
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = number
         with suppress(ProcessLookupError):  # it is done: its exit code stands
             os.kill(pid, number)
 
-    def pass_on_later(_number: int, _frame: FrameType | None) -> None:
+    def pass_on_later(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = number
         # A terminal has interrupted both; whoever interrupts only this one shall not wait long.
         signal.signal(signal.SIGALRM, lambda *_: pass_on(signal.SIGINT, None))
         signal.alarm(_PATIENCE_S)
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on_later)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDED)
     _, status = os.waitpid(pid, 0)
     signal.alarm(0)
-    return os.waitstatus_to_exitcode(status)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDED)  # it is done: its exit code stands
+    return os.waitstatus_to_exitcode(status), asked
 
 
 def _worker(work: Callable[[], int], name: str) -> int:
     code = 1
     try:
-        signal.signal(signal.SIGTERM, _terminate)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        _raise_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDED)
         code = work()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
     except (KeyboardInterrupt, Terminated) as error:  # before the command could deal with it
-        interrupted = isinstance(error, KeyboardInterrupt)
-        print(f"{name}: {'interrupted' if interrupted else 'terminated'}", file=sys.stderr)
-        code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        print(f"{name}: {_ENDED[number]}", file=sys.stderr)
+        code = 128 + number
     except BaseException:  # a bug: shown as Python would
         traceback.print_exc()
     return code
@@ -94,8 +106,49 @@ def _end_with_supervisor(alive: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _terminate(number: int, _frame: FrameType | None) -> None:
-    signal.signal(
-        number, signal.SIG_IGN
-    )  # a group's signal comes twice: the supervisor passes it on
-    raise Terminated
+def _raise_signals() -> None:
+    """From now on SIGINT raises KeyboardInterrupt, and SIGTERM `Terminated`.
+
+    An import is let finish first, as far as that takes no more than ``_IMPORT_S``: some turn what
+    is raised in them into an error of their own, others go on without what they could not load.
+    Where it is lost otherwise, as in a finalizer or a callback from native code, it is raised
+    again.
+    """
+    asked: dict[int, float] = {}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        waited = now - asked.setdefault(number, now)
+        if waited < _IMPORT_S and _imports(frame):
+            again(number)
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_IGN)  # a group's comes twice: the supervisor passes it on
+        raise Terminated
+
+    def again(number: int) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+
+    def lost(seen: sys.UnraisableHookArgs) -> None:
+        if issubclass(seen.exc_type, KeyboardInterrupt):
+            again(signal.SIGINT)
+        elif issubclass(seen.exc_type, Terminated):
+            signal.signal(signal.SIGTERM, end)
+            again(signal.SIGTERM)
+        elif not asked:  # otherwise it comes of that
+            shown(seen)
+
+    shown, sys.unraisablehook = sys.unraisablehook, lost
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, end)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

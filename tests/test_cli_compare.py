@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,7 @@ from cli_models import (
     save_relu,
     save_two_layers,
 )
+from warm_script import children, wait_until
 
 from calib.config import Config
 from calib.rivals import RIVALS
@@ -374,9 +374,11 @@ def test_two_outputs_of_one_name_are_refused(capsys: pytest.CaptureFixture[str])
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter_room(tmp_path, monkeypatch)
     copy_digits(tmp_path)
+    images = np.load("digits.npz")["image"]
+    np.savez("long.npz", image=np.tile(images, (80, 1, 1, 1)))  # a minute, at least
     before = contents(tmp_path)
     script = Path(sys.executable).with_name("octav-compare")
-    options = ("digits.onnx", "--data", "digits.npz", "--json", "all.json", "--with-onnxruntime")
+    options = ("digits.onnx", "--data", "long.npz", "--json", "all.json", "--with-onnxruntime")
     process = subprocess.Popen(
         [str(script), *options],
         stdout=subprocess.PIPE,
@@ -385,7 +387,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monkey
         env=clean_environment(),
         start_new_session=True,
     )
-    time.sleep(1)
+    wait_until(lambda: children(process.pid))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")

@@ -1,4 +1,4 @@
-"""The process that waits for the worker."""
+"""The worker of a command, and the process that waits for it: whatever moment a signal comes in."""
 
 from __future__ import annotations
 
@@ -11,23 +11,137 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 # The worker ends in the very moment in which its supervisor is told to end it.
-SIGNAL_AT_THE_END = """
-import os, signal, sys
-from cli import _supervise
+AT_THE_END = """
 wait = os.waitpid
 def waitpid(pid, options):
     ended = wait(pid, options)
-    os.kill(os.getpid(), int(sys.argv[1]))
+    os.kill(os.getpid(), number)
     return ended
 os.waitpid = waitpid
 sys.exit(_supervise.supervised(lambda: 0, "name"))
 """
+# As Python itself does when it ends.
+WITHOUT_HANDLERS = """
+code = _supervise.supervised(lambda: 0, "name")
+signal.signal(number, signal.SIG_DFL)
+os.kill(os.getpid(), number)
+sys.exit(code)
+"""
+WORK = """
+def work():
+    {}
+    return 0
+sys.exit(_supervise.supervised(work, "name"))
+"""
+# As onnxruntime and others load, in native code.
+LOADING = """
+import os, sys, time
+try:
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(0.1)
+except BaseException as error:
+    raise ImportError("initialization failed") from error
+print("loaded")
+"""
+HANGING = """
+import os, sys, time
+os.kill(os.getpid(), int(sys.argv[1]))
+time.sleep(60)
+"""
+LOST = """class Lost:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+    Lost()
+    time.sleep(60)"""
+BROKEN = """class Broken:
+        def __del__(self):
+            raise ValueError("half made")
+    broken = Broken()
+    os.kill(os.getpid(), number) if number else None
+    time.sleep(60 if number else 0)"""
+CRASHING = """try:
+        os.killpg(0, number)
+        time.sleep(60)
+    except BaseException:
+        os.abort()"""
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork")
+signals = pytest.mark.parametrize("number", list(WORDS))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_after_the_end_of_the_worker_changes_nothing(number: signal.Signals) -> None:
-    command = [sys.executable, "-c", SIGNAL_AT_THE_END, str(int(number))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+def run(script: str, number: int, *more: object) -> subprocess.CompletedProcess[str]:
+    start = "import os, signal, sys, time; from cli import _supervise; number = int(sys.argv[1])\n"
+    command = [sys.executable, "-c", start + script, *map(str, (int(number), *more))]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=30,
+        start_new_session=True,
+    )
+
+
+def ended(done: subprocess.CompletedProcess[str], number: signal.Signals) -> bool:
+    return (done.returncode, done.stderr) == (128 + number, f"name: {WORDS[number]}\n")
+
+
+@signals
+@pytest.mark.parametrize("script", [AT_THE_END, WITHOUT_HANDLERS])
+def test_a_signal_after_the_end_of_the_worker_changes_nothing(
+    script: str, number: signal.Signals
+) -> None:
+    done = run(script, number)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@signals
+def test_an_import_is_let_finish_before_a_signal_ends_the_worker(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "loading.py").write_text(LOADING)
+    work = WORK.format("import loading; time.sleep(60)")
+    done = run("sys.path.append(sys.argv[2])" + work, number, tmp_path)
+    assert ended(done, number), done.stderr
+    assert done.stdout == "loaded\n"
+
+
+@signals
+def test_an_import_that_does_not_finish_is_ended_in_the_end(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "hanging.py").write_text(HANGING)
+    start = "sys.path.append(sys.argv[2]); _supervise._IMPORT_S = 0.5"
+    done = run(start + WORK.format("import hanging"), number, tmp_path)
+    assert ended(done, number), done.stderr
+
+
+@signals
+def test_a_signal_that_is_lost_in_a_finalizer_comes_again(number: signal.Signals) -> None:
+    done = run(WORK.format(LOST), number)
+    assert ended(done, number), done.stderr
+
+
+@signals
+def test_what_finalizers_meet_after_a_signal_is_not_shown(number: signal.Signals) -> None:
+    done = run(WORK.format(BROKEN), number)
+    assert ended(done, number), done.stderr
+    undisturbed = run(WORK.format(BROKEN), 0)
+    assert undisturbed.returncode == 0
+    assert "half made" in undisturbed.stderr
+
+
+@signals
+def test_a_worker_that_crashes_because_it_was_to_end_has_ended(number: signal.Signals) -> None:
+    done = run(WORK.format(CRASHING), number)
+    assert ended(done, number), done.stderr
+
+
+def test_a_signal_that_was_ignored_before_stays_so() -> None:
+    start = "signal.signal(number, signal.SIG_IGN)"
+    done = run(start + WORK.format("os.kill(os.getpid(), number)"), signal.SIGINT)
     assert (done.returncode, done.stderr) == (0, "")
