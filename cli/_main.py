@@ -21,6 +21,7 @@ MISSED = 1  # a bound that the user set
 BAD_INPUT = 2
 _INTERRUPTED = 130
 _TERMINATED = 143
+_ENDED = {_INTERRUPTED: "interrupted", _TERMINATED: "terminated"}
 
 
 def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> int:
@@ -34,10 +35,14 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> i
         )
 
     if arguments is not None:
-        return _guarded(work, name)
-    if instruction := is_asked(name):
-        return _guarded(lambda: complete(command, name, instruction), name)
-    return supervised(lambda: _guarded(work, name), name)
+        code = _guarded(work, name)
+    elif instruction := is_asked(name):
+        code = _guarded(lambda: complete(command, name, instruction), name)
+    else:
+        code = supervised(lambda: _guarded(work, name), name)
+    if code in _ENDED:  # here, so that a worker that crashes after that says no second line
+        print(f"{name}: {_ENDED[code]}", file=sys.stderr)
+    return code
 
 
 def _guarded(work: Callable[[], object], name: str) -> int:
@@ -54,10 +59,8 @@ def _guarded(work: Callable[[], object], name: str) -> int:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until exit
         return BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        print(f"{name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except Terminated:
-        print(f"{name}: terminated", file=sys.stderr)
         return _TERMINATED
     return code if isinstance(code, int) else 0
 

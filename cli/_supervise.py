@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import FrameType
 
 CRASHED = 2
-_ENDED: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_PASSED_ON = {signal.SIGINT, signal.SIGTERM}
 _PATIENCE_S = 2
 _IMPORT_S = 10
 _AGAIN_S = 0.02
@@ -24,7 +24,8 @@ class Terminated(BaseException):
 
 
 def supervised(work: Callable[[], int], name: str) -> int:
-    """What ``work`` returns; where it is killed or crashes, one line on stderr and 2.
+    """What ``work`` returns; 130 where it is interrupted, 143 where it is terminated; and where it
+    is killed or crashes otherwise, 2, with one line on stderr.
 
     The processes live and die together: signals are passed on, and the worker ends with its
     supervisor. Where processes cannot fork, ``work`` runs in this one.
@@ -32,19 +33,18 @@ def supervised(work: Callable[[], int], name: str) -> int:
     if not hasattr(os, "fork"):
         return work()
     alive, life = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDED)  # until both know what to do with them
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until both know what to do with them
     pid = os.fork()
     if pid == 0:
         os.close(life)
         threading.Thread(target=_end_with_supervisor, args=(alive,), daemon=True).start()
-        os._exit(_worker(work, name))
+        os._exit(_worker(work))
     os.close(alive)
     code, asked = _wait(pid)
     if code >= 0:
         return code
     number = asked or -code  # what native code does when it is interrupted is no news
-    if number in _ENDED:
-        print(f"{name}: {_ENDED[number]}", file=sys.stderr)
+    if number in _PASSED_ON:
         return 128 + number
     crash = signal.Signals(-code).name
     hint = (
@@ -76,26 +76,24 @@ def _wait(pid: int) -> tuple[int, int]:
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on_later)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     _, status = os.waitpid(pid, 0)
     signal.alarm(0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDED)  # it is done: its exit code stands
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # it is done: its exit code stands
     return os.waitstatus_to_exitcode(status), asked
 
 
-def _worker(work: Callable[[], int], name: str) -> int:
+def _worker(work: Callable[[], int]) -> int:
     code = 1
     try:
         _raise_signals()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         code = work()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
     except (KeyboardInterrupt, Terminated) as error:  # before the command could deal with it
-        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-        print(f"{name}: {_ENDED[number]}", file=sys.stderr)
-        code = 128 + number
+        code = 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
     except BaseException:  # a bug: shown as Python would
         traceback.print_exc()
     return code
