@@ -15,7 +15,7 @@ import click
 from calib.errors import CalibError, one_line
 
 from ._completion import complete, is_asked
-from ._supervise import Terminated, supervised
+from ._supervise import Terminated, say, supervised
 
 MISSED = 1  # a bound that the user set
 BAD_INPUT = 2
@@ -41,7 +41,7 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None) -> i
     else:
         code = supervised(lambda: _guarded(work, name), name)
     if code in _ENDED:  # here, so that a worker that crashes after that says no second line
-        print(f"{name}: {_ENDED[code]}", file=sys.stderr)
+        say(f"{name}: {_ENDED[code]}")
     return code
 
 
@@ -54,7 +54,9 @@ def _guarded(work: Callable[[], object], name: str) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except (click.ClickException, CalibError, OSError, MemoryError, SystemExit) as error:
-        print(f"{name}: error: {_told(error)}", file=sys.stderr)
+        if isinstance(error.__context__, KeyboardInterrupt):  # click goes to a new line, or fails to
+            return _INTERRUPTED
+        say(f"{name}: error: {_told(error)}")
         if isinstance(error, OSError):  # a full disk behind stdout, say
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until exit
         return BAD_INPUT

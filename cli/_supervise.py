@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ CRASHED = 2
 _PASSED_ON = {signal.SIGINT, signal.SIGTERM}
 _PATIENCE_S = 2
 _IMPORT_S = 10
+_REPEATED_S = 3
 _AGAIN_S = 0.02
 
 
@@ -38,22 +40,34 @@ def supervised(work: Callable[[], int], name: str) -> int:
     if pid == 0:
         os.close(life)
         threading.Thread(target=_end_with_supervisor, args=(alive,), daemon=True).start()
-        os._exit(_worker(work))
+        code = 1
+        try:
+            code = _worker(work)
+        finally:
+            os._exit(code)
     os.close(alive)
     code, asked = _wait(pid)
     if code >= 0:
         return code
-    number = asked or -code  # what native code does when it is interrupted is no news
-    if number in _PASSED_ON:
-        return 128 + number
+    if asked and code != -signal.SIGKILL:  # what native code does when interrupted is no news
+        return 128 + asked
     crash = signal.Signals(-code).name
     hint = (
         "the machine is out of memory, most likely: try a smaller --batch-size"
         if -code == signal.SIGKILL
         else "a library crashed on this model or data; please report it"
     )
-    print(f"{name}: error: ended by {crash}, nothing was written: {hint}", file=sys.stderr)
+    say(f"{name}: error: ended by {crash}, nothing was written: {hint}")
     return CRASHED
+
+
+def say(line: str) -> None:
+    """On stderr, if anybody reads that."""
+    try:
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until exit
 
 
 def _wait(pid: int) -> tuple[int, int]:
@@ -72,21 +86,22 @@ def _wait(pid: int) -> tuple[int, int]:
         asked = number
         # A terminal has interrupted both; whoever interrupts only this one shall not wait long.
         signal.signal(signal.SIGALRM, lambda *_: pass_on(signal.SIGINT, None))
-        signal.alarm(_PATIENCE_S)
+        if not signal.getitimer(signal.ITIMER_REAL)[0]:
+            signal.alarm(_PATIENCE_S)
 
     signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, pass_on_later)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, pass_on_later)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     _, status = os.waitpid(pid, 0)
-    signal.alarm(0)
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # it is done: its exit code stands
+    signal.alarm(0)
     return os.waitstatus_to_exitcode(status), asked
 
 
 def _worker(work: Callable[[], int]) -> int:
-    code = 1
+    code, signals = 1, _Signals()
     try:
-        _raise_signals()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         code = work()
         for stream in (sys.stdout, sys.stderr):
@@ -94,8 +109,10 @@ def _worker(work: Callable[[], int]) -> int:
                 stream.flush()
     except (KeyboardInterrupt, Terminated) as error:  # before the command could deal with it
         code = 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
-    except BaseException:  # a bug: shown as Python would
-        traceback.print_exc()
+    except BaseException:
+        if signals.first:  # in the middle of what must not be interrupted, as taking a lock
+            return 128 + signals.first
+        traceback.print_exc()  # a bug: shown as Python would
     return code
 
 
@@ -104,44 +121,57 @@ def _end_with_supervisor(alive: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _raise_signals() -> None:
-    """From now on SIGINT raises KeyboardInterrupt, and SIGTERM `Terminated`.
+class _Signals:
+    """SIGINT raises KeyboardInterrupt, and SIGTERM `Terminated`, from now on in this process alone.
 
     An import is let finish first, as far as that takes no more than ``_IMPORT_S``: some turn what
     is raised in them into an error of their own, others go on without what they could not load.
     Where it is lost otherwise, as in a finalizer or a callback from native code, it is raised
-    again.
+    again. What tidies up after it is not interrupted for ``_REPEATED_S``.
+
+    Attributes:
+        first: the signal that was raised first, or 0.
     """
-    asked: dict[int, float] = {}
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def __init__(self) -> None:
+        self.first = 0
+        self._raised = -math.inf
+        self._asked: dict[int, float] = {}
+        self._shown, sys.unraisablehook = sys.unraisablehook, self._lost
+        os.register_at_fork(after_in_child=self._leave)
+        signal.signal(signal.SIGTERM, self._end)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored: nohup
+            signal.signal(signal.SIGINT, self._end)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        waited = now - asked.setdefault(number, now)
-        if waited < _IMPORT_S and _imports(frame):
-            again(number)
+        if now - self._raised < _REPEATED_S:  # the supervisor passes on what a group has got
             return
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        signal.signal(number, signal.SIG_IGN)  # a group's comes twice: the supervisor passes it on
-        raise Terminated
+        if _imports(frame) and now - self._asked.setdefault(number, now) < _IMPORT_S:
+            self._again(number)
+            return
+        self._asked.clear()
+        self._raised = now
+        self.first = self.first or number
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    def again(number: int) -> None:
+    def _again(self, number: int) -> None:
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
 
-    def lost(seen: sys.UnraisableHookArgs) -> None:
-        if issubclass(seen.exc_type, KeyboardInterrupt):
-            again(signal.SIGINT)
-        elif issubclass(seen.exc_type, Terminated):
-            signal.signal(signal.SIGTERM, end)
-            again(signal.SIGTERM)
-        elif not asked:  # otherwise it comes of that
-            shown(seen)
+    def _lost(self, seen: sys.UnraisableHookArgs) -> None:
+        if issubclass(seen.exc_type, (KeyboardInterrupt, Terminated)):
+            self._raised = -math.inf
+            interrupted = issubclass(seen.exc_type, KeyboardInterrupt)
+            self._again(signal.SIGINT if interrupted else signal.SIGTERM)
+        elif time.monotonic() - self._raised > _REPEATED_S:  # otherwise it comes of that
+            self._shown(seen)
 
-    shown, sys.unraisablehook = sys.unraisablehook, lost
-    signal.signal(signal.SIGTERM, end)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
-        signal.signal(signal.SIGINT, end)
+    def _leave(self) -> None:
+        sys.unraisablehook = self._shown
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) == self._end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _imports(frame: FrameType | None) -> bool:

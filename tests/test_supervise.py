@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -66,17 +67,65 @@ CRASHING = """try:
         time.sleep(60)
     except BaseException:
         os.abort()"""
+TIDYING_UP = """try:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        print("tidy", flush=True)"""
+IGNORING = """try:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    except BaseException:
+        time.sleep(0.5)
+    os.kill(os.getpid(), number)
+    time.sleep(60)"""
+FAILING = """try:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    except BaseException:
+        raise RuntimeError("release unlocked lock")"""
+FORKING = """pid = os.fork()
+    if pid == 0:
+        found = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        os._exit(found != (signal.default_int_handler, signal.SIG_DFL))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])"""
+IMPATIENT = """for _ in range(50):
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.1)"""
+KILLED = """os.kill(os.getppid(), number)
+    with suppress(BaseException):
+        time.sleep(5)
+    os.kill(os.getpid(), signal.SIGKILL)"""
+INTERRUPTED = """
+import click
+from cli import _main
+@click.command()
+def command():
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+sys.argv[1:] = []
+sys.exit(_main.run(command, "name", None))
+"""
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork")
 signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
-def run(script: str, number: int, *more: object) -> subprocess.CompletedProcess[str]:
-    start = "import os, signal, sys, time; from cli import _supervise; number = int(sys.argv[1])\n"
+def run(
+    script: str, number: int, *more: object, stderr: int | IO[str] = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    start = (
+        "import os, signal, sys, time; from contextlib import suppress; from cli import _supervise"
+    )
+    start += "; number = int(sys.argv[1])\n"
     command = [sys.executable, "-c", start + script, *map(str, (int(number), *more))]
     return subprocess.run(
         command,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         check=False,
         cwd=ROOT,
@@ -144,3 +193,52 @@ def test_a_signal_that_was_ignored_before_stays_so() -> None:
     start = "signal.signal(number, signal.SIG_IGN)"
     done = run(start + WORK.format("os.kill(os.getpid(), number)"), signal.SIGINT)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@signals
+def test_what_tidies_up_is_not_interrupted_again(number: signal.Signals) -> None:
+    done = run(WORK.format(TIDYING_UP), number)
+    assert ended(done, number), done.stderr
+    assert done.stdout == "tidy\n"
+
+
+@signals
+def test_a_worker_that_ignored_one_signal_ends_with_a_later_one(number: signal.Signals) -> None:
+    done = run("_supervise._REPEATED_S = 0.2" + WORK.format(IGNORING), number)
+    assert ended(done, number), done.stderr
+
+
+@signals
+def test_an_error_that_comes_of_a_signal_is_not_told_as_a_bug(number: signal.Signals) -> None:
+    done = run(WORK.format(FAILING), number)
+    assert ended(done, number), done.stderr
+
+
+def test_processes_that_a_worker_forks_deal_with_signals_as_others_do() -> None:
+    assert run(WORK.format(FORKING), 0).returncode == 0
+
+
+def test_a_supervisor_that_is_interrupted_often_passes_it_on_as_soon() -> None:
+    done = run("_supervise._PATIENCE_S = 1" + WORK.format(IMPATIENT), 0)
+    assert ended(done, signal.SIGINT), done.stderr
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_worker_that_is_killed_was_not_interrupted(ignored: bool) -> None:
+    start = "signal.signal(number, signal.SIG_IGN)" if ignored else ""
+    done = run(start + WORK.format(KILLED), signal.SIGINT)
+    assert done.returncode == 2
+    assert "ended by SIGKILL" in done.stderr
+
+
+@signals
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_exit_code_stands_where_nobody_reads_what_is_said(
+    number: signal.Signals, closed: bool
+) -> None:
+    start = "os.close(2); sys.stderr = None" if closed else ""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stderr:
+        done = run(start + INTERRUPTED, number, stderr=stderr)
+    assert (done.returncode, done.stdout.strip()) == (128 + number, "")
