@@ -54,7 +54,7 @@ def _guarded(work: Callable[[], object], name: str) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except (click.ClickException, CalibError, OSError, MemoryError, SystemExit) as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # click goes to a new line, or fails to
+        if isinstance(error.__context__, KeyboardInterrupt):  # click could not end the line
             return _INTERRUPTED
         say(f"{name}: error: {_told(error)}")
         if isinstance(error, OSError):  # a full disk behind stdout, say

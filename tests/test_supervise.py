@@ -117,10 +117,8 @@ signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def run(
     script: str, number: int, *more: object, stderr: int | IO[str] = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    start = (
-        "import os, signal, sys, time; from contextlib import suppress; from cli import _supervise"
-    )
-    start += "; number = int(sys.argv[1])\n"
+    names = "import os, signal, sys, time; from contextlib import suppress\n"
+    start = f"{names}from cli import _supervise; number = int(sys.argv[1])\n"
     command = [sys.executable, "-c", start + script, *map(str, (int(number), *more))]
     return subprocess.run(
         command,
