@@ -1,4 +1,5 @@
-"""Runs a command in a process of its own, so that a crash in native code becomes one line, too."""
+"""Runs a command in a process of its own, so that a crash in native code becomes one line, too, and
+says what signals do there."""
 
 from __future__ import annotations
 
@@ -49,8 +50,10 @@ def supervised(work: Callable[[], int], name: str) -> int:
     code, asked = _wait(pid)
     if code >= 0:
         return code
-    if asked and code != -signal.SIGKILL:  # what native code does when interrupted is no news
-        return 128 + asked
+    # What native code does when it is interrupted is no news.
+    number = -code if -code == signal.SIGKILL else asked or -code
+    if number in _PASSED_ON:
+        return 128 + number
     crash = signal.Signals(-code).name
     hint = (
         "the machine is out of memory, most likely: try a smaller --batch-size"
@@ -107,10 +110,8 @@ def _worker(work: Callable[[], int]) -> int:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-    except (KeyboardInterrupt, Terminated) as error:  # before the command could deal with it
-        code = 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
     except BaseException:
-        if signals.first:  # in the middle of what must not be interrupted, as taking a lock
+        if signals.first:  # before the command could deal with it, or where it could not
             return 128 + signals.first
         traceback.print_exc()  # a bug: shown as Python would
     return code

@@ -375,7 +375,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monkey
     enter_room(tmp_path, monkeypatch)
     copy_digits(tmp_path)
     images = np.load("digits.npz")["image"]
-    np.savez("long.npz", image=np.tile(images, (80, 1, 1, 1)))  # a minute, at least
+    np.savez("long.npz", image=np.tile(images, (80, 1, 1, 1)))  # for about a minute
     before = contents(tmp_path)
     script = Path(sys.executable).with_name("octav-compare")
     options = ("digits.onnx", "--data", "long.npz", "--json", "all.json", "--with-onnxruntime")

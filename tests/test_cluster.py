@@ -393,10 +393,10 @@ def test_a_scheduler_that_cannot_be_reached_is_one_line_and_exit_code_2(
 
 
 def test_a_scheduler_without_workers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_PATIENCE_S", 3)  # to be reached, too
+    monkeypatch.setattr(cluster, "_PATIENCE_S", 1)
     with empty_scheduler() as scheduler:
         address = scheduler.scheduler_address
-        message = rf"^scheduler: {address} has had no worker for 3 s: start one with dask worker"
+        message = rf"^scheduler: {address} has had no worker for 1 s: start one with dask worker"
         with pytest.raises(ClusterError, match=message), connected(scheduler=address):
             pass
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from warm_script import wait_until
 
 from calib.streams import Streams
 
@@ -77,8 +78,7 @@ def test_after_an_error_nothing_is_put_any_more() -> None:
             streams.put(first)
             streams.put(fail)
             assert failed.wait(30)
-            while math.isinf(streams._failed):
-                time.sleep(0.001)
+            wait_until(lambda: streams._failed < math.inf)
             threading.Timer(0.3, go_on.set).start()
             for number in range(50):
                 streams.put(lambda: None)

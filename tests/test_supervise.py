@@ -99,13 +99,16 @@ KILLED = """os.kill(os.getppid(), number)
     with suppress(BaseException):
         time.sleep(5)
     os.kill(os.getpid(), signal.SIGKILL)"""
-INTERRUPTED = """
+KILLED_WITHOUT_HANDLER = """signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)"""
+INTERRUPTED = """os.kill(os.getpid(), number)
+    time.sleep(60)"""
+COMMAND = """
 import click
 from cli import _main
 @click.command()
 def command():
-    os.kill(os.getpid(), number)
-    time.sleep(60)
+    {}
 sys.argv[1:] = []
 sys.exit(_main.run(command, "name", None))
 """
@@ -187,6 +190,23 @@ def test_a_worker_that_crashes_because_it_was_to_end_has_ended(number: signal.Si
     assert ended(done, number), done.stderr
 
 
+@signals
+def test_a_worker_without_handlers_that_is_told_to_end_has_ended(number: signal.Signals) -> None:
+    done = run(WORK.format(KILLED_WITHOUT_HANDLER), number)
+    assert ended(done, number), done.stderr
+
+
+@pytest.mark.parametrize("work", [INTERRUPTED, CRASHING])
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_that_a_command_was_ended_is_said_once(
+    number: signal.Signals, word: str, work: str
+) -> None:
+    done = run(COMMAND.format(work), number)
+    assert (done.returncode, done.stderr.strip()) == (128 + number, f"name: {word}")
+
+
 def test_a_signal_that_was_ignored_before_stays_so() -> None:
     start = "signal.signal(number, signal.SIG_IGN)"
     done = run(start + WORK.format("os.kill(os.getpid(), number)"), signal.SIGINT)
@@ -238,5 +258,5 @@ def test_the_exit_code_stands_where_nobody_reads_what_is_said(
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stderr:
-        done = run(start + INTERRUPTED, number, stderr=stderr)
+        done = run(start + COMMAND.format(INTERRUPTED), number, stderr=stderr)
     assert (done.returncode, done.stdout.strip()) == (128 + number, "")
